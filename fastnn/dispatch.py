@@ -1,0 +1,155 @@
+"""Which path a call takes (Triton, its interpreter, or eager torch) and which plan of kernels, each with its reason."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from .kernels import launch, tiles
+    from .kernels.casts import INTERPRETED as _INTERPRETED
+except ImportError:  # no Triton: macOS, Windows
+    launch = tiles = None
+    _INTERPRETED = False
+
+HAS_KERNELS = launch is not None
+INTERPRETED = HAS_KERNELS and bool(getattr(_INTERPRETED, "value", _INTERPRETED))
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MINIMUM_CAPABILITY = (8, 0)  # bf16 and tf32 tensor cores, 163 KiB of shared memory
+MAX_FEATURES = 1 << 20  # a tile's offsets are 32-bit: rows of a tile (<= 1024) times features < 2^31
+INTERPRETED_MULTIPROCESSORS = 132  # the interpreter takes an H100's tile shapes
+
+
+class Path(NamedTuple):
+    """name: "triton", "interpreter" or "eager"; reason: why, in words (empty for the kernels' paths)."""
+
+    name: str
+    reason: str = ""
+
+    @property
+    def eager(self) -> bool:
+        return self.name == "eager"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _cuda_reason(index: int) -> str:
+    """Why the kernels do not run on that CUDA device; empty if they do."""
+    if torch.version.hip is not None:
+        return "ROCm is untested"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MINIMUM_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return ""
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def device_path(device: torch.device) -> Path:
+    """The path of plain tensors of a served dtype on that device."""
+    if not HAS_KERNELS:
+        return Path("eager", "Triton is not installed")
+    if INTERPRETED:
+        if device.type == "cpu":
+            return Path("interpreter")
+        return Path("eager", f"under TRITON_INTERPRET=1 the kernels take CPU tensors, not {device.type}")
+    if device.type != "cuda":
+        return Path("eager", f"no kernels for {device.type} tensors")
+    reason = _cuda_reason(device.index or 0)
+    return Path("eager", reason) if reason else Path("triton")
+
+
+def _transform_reason() -> str:
+    """A function transform around the call that autograd.Function cannot serve."""
+    if torch.compiler.is_compiling():
+        return ""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a torch.func transform"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return ""
+
+
+def path(input: Tensor, dtype: torch.dtype, features: int, tensors: tuple[Tensor | None, ...]) -> Path:
+    """The path of one call; dtype is the computation's (autocast's inside autocast), tensors all others it reads."""
+    found = device_path(input.device)
+    if found.eager:
+        return found
+    if dtype not in KERNEL_DTYPES:
+        return Path("eager", f"no kernels for {dtype}")
+    if input.numel() == 0:
+        return Path("eager", "empty input")
+    if features > MAX_FEATURES or input.numel() // input.shape[-1] >= 1 << 31:
+        return Path("eager", f"more than {MAX_FEATURES} features or 2^31 rows")
+    for tensor in (input, *tensors):
+        if tensor is None:
+            continue
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return Path("eager", f"tensor subclass {type(tensor).__name__}")
+        if tensor.device != input.device:
+            return Path("eager", "tensors on different devices")
+        if tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES:
+            return Path("eager", f"no kernels for {tensor.dtype} parameters")
+    reason = _transform_reason()
+    return Path("eager", reason) if reason else found
+
+
+_forced_plan: str | None = None
+
+
+@contextlib.contextmanager
+def forced_plan(name: str) -> Iterator[None]:
+    """Takes that plan ("columns", "split", "epilogue", "apply") wherever it serves; for tests and benchmarks."""
+    global _forced_plan
+    before, _forced_plan = _forced_plan, name
+    try:
+        yield
+    finally:
+        _forced_plan = before
+
+
+def _pick(*candidates: str) -> str:
+    """The first candidate, or the forced plan if it is one of them."""
+    return _forced_plan if _forced_plan in candidates else candidates[0]
+
+
+def statistics_plan(M: int, N: int, itemsize: int, device: torch.device) -> str:
+    """"columns" or "split".
+
+    Split moves 5/3 of the bytes (forward 4 accesses after the GEMM's for 3, backward 5 for 3) and launches twice, but
+    columns leaves a multiprocessor idle for each it has more than sectors in a row. One multiprocessor can draw about
+    three times its share of the bandwidth, so columns wins down to a third of the machine, and always where the column
+    stays in registers.
+    """
+    sectors = math.ceil(N * itemsize / tiles.SECTOR_BYTES)
+    in_registers = M <= tiles.REGISTER_TILE // 8
+    if in_registers or 3 * sectors >= multiprocessors(device):
+        return _pick("columns", "split")
+    return _pick("split", "columns")
+
+
+def linear_plan(M: int, N: int, K: int, dtype: torch.dtype) -> str:
+    """"epilogue" (our GEMM) or "apply" (the library's, then one elementwise kernel).
+
+    Our fp32 GEMM without TF32 has no tensor cores and no tuning: it serves where launches cost more than arithmetic.
+    """
+    if dtype != torch.float32 or fp32_precision() == "tf32" or M * N * K <= 1 << 27:
+        return _pick("epilogue", "apply")
+    return _pick("apply", "epilogue")
+
+
+def fp32_precision() -> str:
+    """"tf32" or "ieee", as torch's settings ask of float32 matrix products on CUDA."""
+    for setting in (torch.backends.cuda.matmul, torch.backends):
+        if setting.fp32_precision != "none":
+            return "tf32" if setting.fp32_precision == "tf32" else "ieee"
+    return "ieee"

@@ -1,0 +1,6 @@
+"""Drop-in torch.nn modules."""
+
+from .blocks import MLP, LinearBatchNormReLUDropout
+from .sequential import Sequential
+
+__all__ = ["MLP", "LinearBatchNormReLUDropout", "Sequential"]

@@ -1,0 +1,59 @@
+"""Sequential: torch.nn.Sequential whose forward runs each fusible run of its layers as one op."""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import runs
+
+
+class Sequential(nn.Sequential):
+    """A ``torch.nn.Sequential`` that computes each run of its children as one fused op.
+
+    A run is ``[Linear] [BatchNorm1d] [activation] [Dropout]``, any two or more in this order; activations are
+    ReLU, LeakyReLU, GELU, SiLU, Tanh, Sigmoid, ELU, Softplus and Identity. The children are the real torch
+    modules, so that keys, initialisation, hooks, ``.to``, ``deepcopy`` and pickle are torch's; only ``forward``
+    differs. Values, gradients and buffers equal those of ``torch.nn.Sequential``; on a GPU the dropout mask
+    is another draw of the same distribution.
+
+    A child that is a subclass, has a hook or a patched ``forward`` is called by itself, and what is around it
+    stays fused. Under a global module hook, ``torch.jit``, ``torch.fx`` or ``torch.export`` every child is.
+
+    Shapes: input (*, K), or (M, K) for a run with BatchNorm1d; output (*, N).
+
+    Raises:
+        RuntimeError, ValueError: what the children raise for a wrong shape, dtype or batch, before any buffer changes.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor) or _is_observed():
+            return super().forward(input)
+        for part in runs.split(self._modules.values()):
+            if not isinstance(part, runs.Run):
+                input = part(input)
+            elif runs.fits(part, input):
+                input = runs.apply(part, input)
+            else:
+                for layer in part.layers:
+                    input = layer(input)
+        return input
+
+    def __getitem__(self, idx: Any) -> nn.Module:
+        """A slice is a plain fused Sequential, whatever constructor the subclass has."""
+        if isinstance(idx, slice):
+            return Sequential(OrderedDict(list(self._modules.items())[idx]))
+        return super().__getitem__(idx)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles in its place: it knows neither our ops nor Python's introspection."""
+        return nn.Sequential(self._modules)
+
+
+def _is_observed() -> bool:
+    """Whether someone follows the single layers: a tracer, an exporter, or a hook on all modules."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return _has_any_global_hook() or torch.jit.is_tracing()

@@ -1,0 +1,90 @@
+"""Linear with its epilogue in one launch: GEMM, bias, BatchNorm by running statistics, activation, dropout.
+
+    z   = x Wᵀ + bias
+    y   = (z - running_mean) · gamma / sqrt(running_var + eps) + beta      (eval BatchNorm only)
+    out = activation(y) · multiplier
+
+x (M, K), W (N, K), z and out (M, N). Where a backward follows, z is stored too and out is computed from z as
+stored, so that the backward recomputes the very same gate.
+
+Accesses of (M, N) in device memory: W out; W z, W out where z is kept.
+"""
+
+import triton
+import triton.language as tl
+
+from .batch_norm import NORM_RUNNING, RUNTIME_ARGUMENTS, normalise, reciprocal_sqrt
+from .casts import dot_operand, to_stored
+from .dropout import dropout_multiplier, load_key
+from .tiles import aligned, load_columns
+
+GROUP_ROWS = tl.constexpr(8)  # row tiles that share a column of W tiles while those are in L2
+
+
+@triton.jit
+def grouped_tile(program, row_tiles, col_tiles):
+    """Row and column tile of a program, in groups of GROUP_ROWS row tiles (column-major within a group)."""
+    group_size = GROUP_ROWS * col_tiles
+    first = program // group_size * GROUP_ROWS
+    rows = tl.minimum(row_tiles - first, GROUP_ROWS)
+    return first + program % group_size % rows, program % group_size // rows
+
+
+@triton.jit
+def product_tile(
+    x_ptr, weight_ptr, row, col, M, N, K,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, COLS) tile of x Wᵀ at (row, col), accumulated in fp32."""
+    depth = tl.arange(0, DEPTH)
+    x_rows = row + tl.arange(0, ROWS)
+    w_rows = col + tl.arange(0, COLS)
+    # Rows past the end are wrapped to existing ones: their results are masked at the store, and the loads stay full.
+    x_ptrs = x_ptr + (x_rows % M).to(tl.int64)[:, None] * K + depth[None, :]
+    w_ptrs = weight_ptr + (w_rows % N).to(tl.int64)[None, :] * K + depth[:, None]
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for k in range(0, K, DEPTH):
+        exists = depth < K - k
+        x = dot_operand(tl.load(x_ptrs, mask=exists[None, :], other=0.0))
+        w = dot_operand(tl.load(w_ptrs, mask=exists[:, None], other=0.0))
+        total = tl.dot(x, w, total, input_precision=PRECISION)
+        x_ptrs += DEPTH
+        w_ptrs += DEPTH
+    return total
+
+
+@triton.jit(do_not_specialize=[*RUNTIME_ARGUMENTS, "K"])
+def linear_forward_kernel(
+    x_ptr,  # (M, K)
+    weight_ptr,  # (N, K)
+    bias_ptr,  # (N,) or None
+    z_ptr,  # (M, N), or None where no backward follows
+    out_ptr,  # (M, N)
+    gamma_ptr, beta_ptr, running_mean_ptr, running_var_ptr,  # (N,) or None
+    seed_ptr,  # () int64 or None
+    seed: tl.uint64, M, N, K, eps, act_a, act_b, threshold, keep_scale,
+    ACTIVATION: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    VEC: tl.constexpr, VEC_K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    N, K = aligned(N, VEC), aligned(K, VEC_K)
+    row_tile, col_tile = grouped_tile(tl.program_id(0), tl.cdiv(M, ROWS), tl.cdiv(N, COLS))
+    row, col = row_tile * ROWS, col_tile * COLS
+    y = product_tile(x_ptr, weight_ptr, row, col, M, N, K, PRECISION, ROWS, COLS, DEPTH)
+    cols = col + tl.arange(0, COLS)
+    y += load_columns(bias_ptr, cols, N, 0.0)[None, :]
+    rows = row + tl.arange(0, ROWS)
+    offsets = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    if z_ptr is not None:
+        z = to_stored(y, z_ptr.dtype.element_ty)
+        tl.store(z_ptr + offsets, z, mask=mask)
+        y = z.to(tl.float32)
+    if NORM == NORM_RUNNING:
+        mean = load_columns(running_mean_ptr, cols, N, 0.0)
+        rstd = reciprocal_sqrt(load_columns(running_var_ptr, cols, N, 1.0) + eps)
+        scale = rstd * load_columns(gamma_ptr, cols, N, 1.0)
+        y = normalise(y, mean[None, :], scale[None, :], load_columns(beta_ptr, cols, N, 0.0)[None, :])
+    value = ACTIVATION(y, act_a, act_b)
+    if DROPOUT:
+        value = value * dropout_multiplier(load_key(seed_ptr, seed), row, col, threshold, keep_scale, ROWS, COLS)
+    tl.store(out_ptr + offsets, to_stored(value, out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,132 @@
+"""Tile addressing shared by the kernels, and the tile shapes the launchers pick for a problem."""
+
+import math
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+ACCESS_BYTES = 16  # the widest global access of one thread
+SECTOR_BYTES = 32  # what device memory delivers at least
+LINE_BYTES = 128
+REGISTER_TILE = 8192  # elements: 8 warps hold 32 each, and the backward's two tiles stay below 255 registers
+STREAM_TILE = 4096  # elements: 16 for each thread of 8 warps, so that several programs share a multiprocessor
+MAX_CHUNKS = 128  # row chunks of the split plan: each apply program rereads that many partials from L2
+# fp contraction is stated because Triton's default changes with 3.10; tl.fma marks where results rely on it.
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one plan covers an (M, N) activation: tiles of rows x cols, in `chunks` groups of rows_per_chunk rows."""
+
+    rows: int
+    cols: int
+    chunks: int
+    rows_per_chunk: int
+    num_warps: int
+
+    @property
+    def one_tile(self) -> bool:
+        """Whether a program's rows all fit its tile and stay in registers between the passes."""
+        return self.rows_per_chunk <= self.rows
+
+
+def power_of_two_at_least(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def access_width(N: int, itemsize: int) -> int:
+    """Elements of one access that every row start is aligned to."""
+    return math.gcd(N, ACCESS_BYTES // itemsize)
+
+
+def _warps(elements: int) -> int:
+    return min(8, max(1, elements // 512))
+
+
+def _widest_filling(N: int, itemsize: int, programs: int) -> int:
+    """The widest tile, between a sector and a line, that still makes that many programs over N columns."""
+    narrow, cols = SECTOR_BYTES // itemsize, LINE_BYTES // itemsize
+    while cols > narrow and math.ceil(N / cols) < programs:
+        cols //= 2
+    return cols
+
+
+def columns_tiles(M: int, N: int, itemsize: int, multiprocessors: int) -> Tiles:
+    """Whole columns per program: as wide as still fills the machine, in registers if 8 columns fit there."""
+    cols = _widest_filling(N, itemsize, multiprocessors)
+    rows = max(16, power_of_two_at_least(M))
+    if rows <= REGISTER_TILE // 8:
+        cols = min(cols, REGISTER_TILE // rows)
+        elements = rows * cols
+    else:
+        elements = REGISTER_TILE
+        rows = elements // cols
+    return Tiles(rows, cols, 1, M, _warps(elements))
+
+
+def split_tiles(M: int, N: int, itemsize: int, multiprocessors: int) -> Tiles:
+    """Row chunks of columns: four programs a multiprocessor, at most MAX_CHUNKS chunks, whole tiles in each."""
+    cols = _widest_filling(N, itemsize, math.ceil(N * itemsize / LINE_BYTES))
+    rows = min(STREAM_TILE // cols, max(16, power_of_two_at_least(M)))
+    column_tiles = math.ceil(N / cols)
+    wanted = min(MAX_CHUNKS, math.ceil(4 * multiprocessors / column_tiles), math.ceil(M / rows))
+    rows_per_chunk = math.ceil(M / wanted / rows) * rows
+    return Tiles(rows, cols, math.ceil(M / rows_per_chunk), rows_per_chunk, _warps(rows * cols))
+
+
+@dataclass(frozen=True)
+class LinearTiles:
+    """Output tile rows x cols of the GEMM, accumulated in steps of depth."""
+
+    rows: int
+    cols: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+def linear_tiles(M: int, N: int, itemsize: int, multiprocessors: int) -> LinearTiles:
+    """128 x 128 where that fills the machine (96 KiB of shared memory at most), else 64 x 64 or less."""
+    depth = LINE_BYTES // itemsize
+    if math.ceil(M / 128) * math.ceil(N / 128) >= multiprocessors and itemsize == 2:
+        return LinearTiles(128, 128, depth, 8, 3)
+    rows, cols = (max(16, min(64, power_of_two_at_least(size))) for size in (M, N))
+    return LinearTiles(rows, cols, depth, 4, 3)
+
+
+@triton.jit
+def aligned(N, VEC: tl.constexpr):
+    """N, which VEC divides, in a form the compiler can see that of: it decides the width of every access.
+
+    Triton's own specialisation only knows divisibility by 16; rows of 100 floats are 16-byte aligned too.
+    """
+    return (N // VEC) * VEC
+
+
+@triton.jit
+def tile_offsets(row, end, N, col, MASK_ROWS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """64-bit offset of the tile's first row, offsets within it, and the mask of what exists."""
+    rows = tl.arange(0, ROWS)[:, None]
+    cols = (col + tl.arange(0, COLS))[None, :]
+    mask = tl.broadcast_to(cols < N, (ROWS, COLS))
+    if MASK_ROWS:
+        mask = mask & (row + rows < end)
+    return tl.cast(row, tl.int64) * N, rows * N + cols, mask
+
+
+@triton.jit
+def load_tile(ptr, row, end, N, col, MASK_ROWS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows [row, row + ROWS) before end, columns [col, col + COLS) before N, of an (M, N) matrix; fp32, 0 outside."""
+    first, offsets, mask = tile_offsets(row, end, N, col, MASK_ROWS, ROWS, COLS)
+    return tl.load(ptr + first + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_columns(ptr, cols, N, absent):
+    """ptr[cols] as fp32; `absent` where there is no such tensor (ptr is None)."""
+    values = tl.full(cols.shape, absent, tl.float32)
+    if ptr is not None:
+        values = tl.load(ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    return values
