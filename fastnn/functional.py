@@ -55,17 +55,8 @@ def linear_batch_norm_act_dropout(
         input, weight, bias = (None if t is None else t.to(dtype) for t in (input, weight, bias))
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     seed = ops.dropout_seed(input.device) if p > 0 else None
-    out = ops.block(rows, weight, bias, *_norm_arguments(batch_norm, seed), activation, *activation_args, p)
+    out = ops.block(rows, weight, bias, batch_norm, seed, activation, *activation_args, p)
     return out if input.dim() == 2 else out.reshape(*input.shape[:-1], out.shape[-1])
-
-
-def _norm_arguments(norm: BatchNorm | None, seed: Tensor | None) -> tuple:
-    """gamma to eps of the op's schema."""
-    if norm is None:
-        return None, None, None, None, None, seed, "none", 0.0, 0.0
-    mode = "batch" if norm.training else "running"
-    counter = norm.num_batches_tracked if norm.training else None
-    return norm.weight, norm.bias, norm.running_mean, norm.running_var, counter, seed, mode, norm.momentum, norm.eps
 
 
 def _computation_dtype(input: Tensor, weight: Tensor | None) -> torch.dtype:

@@ -30,6 +30,7 @@ _library.define(
 _SEED_DOMAIN = 0x6661_7374_6E6E  # "fastnn": keeps our Philox keys apart from torch's own use of (seed, offset)
 _WORD64 = (1 << 64) - 1
 _generator_lock = threading.Lock()
+_NO_NORM = reference.BatchNorm()
 
 
 def _mix(value: int) -> int:
@@ -212,8 +213,27 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     return grads
 
 
-def block(input: Tensor, *arguments: Any) -> Tensor:
-    """The fused block on a 2-D input, by autograd.Function only where a gradient may be asked for."""
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (input, *arguments[:4])):
-        return Block.apply(input, *arguments)
-    return torch.ops.fastnn.block_forward(input, *arguments, False)[0]
+def block(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: reference.BatchNorm | None,
+    seed: Tensor | None,
+    activation: str,
+    a: float,
+    b: float,
+    p: float,
+) -> Tensor:
+    """The fused block on a 2-D input, through autograd only where a gradient may be asked for."""
+    if norm is None:
+        norm = _NO_NORM
+        mode = "none"
+    else:
+        mode = "batch" if norm.training else "running"
+    arguments = (
+        input, weight, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var,
+        norm.num_batches_tracked if norm.training else None, seed, mode, norm.momentum, norm.eps, activation, a, b, p,
+    )  # fmt: skip
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:5]):
+        return Block.apply(*arguments)
+    return torch.ops.fastnn.block_forward(*arguments, False)[0]

@@ -1,0 +1,150 @@
+"""``python -m fastnn``: what fastnn finds on this machine, and every kernel checked against float64 on it.
+
+Without a GPU the kernels run in Triton's interpreter. Exit status 1 if a row of the check fails.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastnn
+from fastnn import dispatch, ops, reference
+
+ROWS, IN, OUT, P = 70, 19, 24, 0.3
+STREAMED_ROWS = 1100  # more than a column's register tile holds, so that both passes stream
+TENSORS = ("out", "d input", "d weight", "d bias", "d gamma", "d beta", "running_mean", "running_var")
+
+
+class Check(NamedTuple):
+    """One kernel as a forced plan over a run: its rows M, whether it has a Linear, and BatchNorm's mode.
+
+    Without `backward` no gradient is asked for, which is when BatchNorm folds into the GEMM's epilogue.
+    """
+
+    kernel: str
+    plan: str
+    rows: int
+    linear: bool
+    norm: str
+    backward: bool = True
+
+
+CHECKS = (
+    Check("columns, in registers", "columns", ROWS, True, "batch"),
+    Check("columns, streamed", "columns", STREAMED_ROWS, False, "batch"),
+    Check("split", "split", STREAMED_ROWS, False, "batch"),
+    Check("running statistics", "apply", ROWS, True, "running"),
+    Check("activation and dropout", "split", ROWS, False, "none"),
+    Check("linear with epilogue", "epilogue", ROWS, True, "none"),
+    Check("BatchNorm in epilogue", "epilogue", ROWS, True, "running", backward=False),
+)
+
+
+def describe_environment(device: torch.device) -> Iterator[str]:
+    triton_version = "not installed"
+    if dispatch.HAS_KERNELS:
+        import triton
+
+        triton_version = triton.__version__
+    path = dispatch.device_path(device)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    yield f"fastnn {fastnn.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    yield f"torch {torch.__version__}, Triton {triton_version}, GPU {gpu}"
+    yield f"path of {device.type} tensors: {path.name}" + (f" ({path.reason})" if path.reason else "")
+
+
+def draw_tensors(check: Check, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"input": (check.rows, IN if check.linear else OUT), "grad": (check.rows, OUT)}
+    if check.linear:
+        shapes |= {"weight": (OUT, IN), "bias": (OUT,)}
+    if check.norm != "none":
+        shapes |= {"gamma": (OUT,), "beta": (OUT,), "mean": (OUT,)}
+    drawn = {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
+    if check.norm != "none":
+        drawn["var"] = torch.rand(OUT, generator=generator).add_(0.5).to(device, dtype)
+    return drawn
+
+
+def run_block(tensors: dict[str, Tensor], check: Check, compute: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Forward and backward of a block; `compute` takes (input, weight, bias, BatchNorm or None)."""
+    names = ("input", "weight", "bias", "gamma", "beta")
+    leaves = [tensors[n].clone().requires_grad_(check.backward) if n in tensors else None for n in names]
+    input, weight, bias, gamma, beta = leaves
+    mean, var = (tensors[n].clone() if n in tensors else None for n in ("mean", "var"))
+    batch_norm = None
+    if check.norm != "none":
+        batch_norm = reference.BatchNorm(mean, var, gamma, beta, training=check.norm == "batch")
+    out = compute(input, weight, bias, batch_norm)
+    if check.backward:
+        out.backward(tensors["grad"])
+    found = (out, *(None if leaf is None else leaf.grad for leaf in leaves), mean, var)
+    result = {name: tensor.detach() for name, tensor in zip(TENSORS, found, strict=True) if tensor is not None}
+    if check.norm == "batch":
+        result.pop("d bias", None)  # zero in mathematics: no relative error
+    return result
+
+
+def errors(check: Check, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """(tensor, the kernels' relative error, eager's) against float64."""
+    tensors = draw_tensors(check, dtype, device)
+    key = torch.tensor(0x5EED, dtype=torch.int64)
+    multiplier = reference.dropout_multiplier(key, check.rows, OUT, P).to(device)
+
+    def eager(input: Tensor, weight: Tensor, bias: Tensor, norm: fastnn.functional.BatchNorm) -> Tensor:
+        y = reference.block(input, weight, bias, norm, "relu", 0.0, 0.0, 0.0)
+        return (y * multiplier).to(y.dtype)
+
+    def fused(input: Tensor, weight: Tensor, bias: Tensor, norm: fastnn.functional.BatchNorm) -> Tensor:
+        return ops.block(input, weight, bias, norm, key, "relu", 0.0, 0.0, P)
+
+    with dispatch.forced_plan(check.plan):
+        ours = run_block(tensors, check, fused)
+    theirs = run_block(tensors, check, eager)
+    exact = run_block({name: t.double() for name, t in tensors.items()}, check, eager)
+    for name, reference_value in exact.items():
+        norm = reference_value.norm().item() or 1.0
+        yield name, *((r[name].double() - reference_value).norm().item() / norm for r in (ours, theirs))
+
+
+def check_kernels(device: torch.device) -> bool:
+    """Prints a row per kernel and dtype with its worst tensor; true if all hold."""
+    print(f"{'kernel':<26}{'dtype':<10}{'worst tensor':<14}{'error':>10}{'eager':>10}")
+    all_hold = True
+    for check in CHECKS:
+        for dtype in dispatch.KERNEL_DTYPES:
+            eps = torch.finfo(dtype).eps
+            # The bound on one draw: four times what eager loses, and a rounding of the result itself.
+            rows = [(ours / (4 * theirs + eps), name, ours, theirs) for name, ours, theirs in errors(check, dtype, device)]
+            worst, name, ours, theirs = max(rows)
+            holds = worst <= 1 and all(row[0] == row[0] for row in rows)
+            all_hold &= holds
+            print(f"{check.kernel:<26}{str(dtype)[6:]:<10}{name:<14}{ours:>10.1e}{theirs:>10.1e}"
+                  f"  {'ok' if holds else 'FAILED'}")  # fmt: skip
+    return all_hold
+
+
+def main() -> int:
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu" and dispatch.HAS_KERNELS and not dispatch.INTERPRETED:
+        for line in describe_environment(device):
+            print(line, flush=True)
+        print("self-check in Triton's interpreter, which is chosen when the kernels are imported:", flush=True)
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        return subprocess.run([sys.executable, "-m", "fastnn"], env=environment, check=False).returncode
+    for line in describe_environment(device):
+        print(line)
+    if not dispatch.HAS_KERNELS:
+        print("no kernel to check: every call runs torch's own ops")
+        return 0
+    return 0 if check_kernels(device) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
