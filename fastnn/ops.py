@@ -82,7 +82,9 @@ def _forward_by_plan(
     if weight is not None and (norm.mode == "none" or (norm.mode == "running" and not save)):
         (M, K), N = input.shape, weight.shape[0]
         if dispatch.linear_plan(M, N, K, input.dtype) == "epilogue":
-            shape = tiles.linear_tiles(M, N, input.element_size(), dispatch.multiprocessors(input.device))
+            shape = tiles.linear_tiles(
+                M, N, input.element_size(), norm.mode == "running", dispatch.multiprocessors(input.device)
+            )
             precision = dispatch.fp32_precision() if input.dtype == torch.float32 else "ieee"
             out, z = launch.forward_linear(
                 input.contiguous(), weight.contiguous(), bias, norm, epilogue, shape, precision, save

@@ -13,7 +13,7 @@ Accesses of (M, N) in device memory: W out; W z, W out where z is kept.
 import triton
 import triton.language as tl
 
-from .batch_norm import NORM_RUNNING, RUNTIME_ARGUMENTS, normalise, reciprocal_sqrt
+from .batch_norm import NORM_RUNNING, RUNTIME_ARGUMENTS, reciprocal_sqrt
 from .casts import dot_operand, to_stored
 from .dropout import dropout_multiplier, load_key
 from .tiles import aligned, load_columns
@@ -71,7 +71,11 @@ def linear_forward_kernel(
     row, col = row_tile * ROWS, col_tile * COLS
     y = product_tile(x_ptr, weight_ptr, row, col, M, N, K, PRECISION, ROWS, COLS, DEPTH)
     cols = col + tl.arange(0, COLS)
-    y += load_columns(bias_ptr, cols, N, 0.0)[None, :]
+    bias = load_columns(bias_ptr, cols, N, 0.0)
+    if NORM == NORM_RUNNING:
+        # Subtracted before scaling: scale · mean folded into the shift would cancel at a large mean.
+        bias -= load_columns(running_mean_ptr, cols, N, 0.0)
+    y += bias[None, :]
     rows = row + tl.arange(0, ROWS)
     offsets = rows.to(tl.int64)[:, None] * N + cols[None, :]
     mask = (rows < M)[:, None] & (cols < N)[None, :]
@@ -80,10 +84,9 @@ def linear_forward_kernel(
         tl.store(z_ptr + offsets, z, mask=mask)
         y = z.to(tl.float32)
     if NORM == NORM_RUNNING:
-        mean = load_columns(running_mean_ptr, cols, N, 0.0)
         rstd = reciprocal_sqrt(load_columns(running_var_ptr, cols, N, 1.0) + eps)
         scale = rstd * load_columns(gamma_ptr, cols, N, 1.0)
-        y = normalise(y, mean[None, :], scale[None, :], load_columns(beta_ptr, cols, N, 0.0)[None, :])
+        y = y * scale[None, :] + load_columns(beta_ptr, cols, N, 0.0)[None, :]
     value = ACTIVATION(y, act_a, act_b)
     if DROPOUT:
         value = value * dropout_multiplier(load_key(seed_ptr, seed), row, col, threshold, keep_scale, ROWS, COLS)

@@ -9,8 +9,8 @@ import triton.language as tl
 ACCESS_BYTES = 16  # the widest global access of one thread
 SECTOR_BYTES = 32  # what device memory delivers at least
 LINE_BYTES = 128
-REGISTER_TILE = 8192  # elements: 8 warps hold 32 each, and the backward's two tiles stay below 255 registers
-STREAM_TILE = 4096  # elements: 16 for each thread of 8 warps, so that several programs share a multiprocessor
+REGISTER_TILE = 8192  # elements: 8 warps hold 32 a thread, and the backward's two tiles take 150 registers of 255
+STREAM_TILE = 4096  # elements: 16 a thread of 8 warps; a streaming backward spills with 32, and with 16 warps
 MAX_CHUNKS = 128  # row chunks of the split plan: each apply program rereads that many partials from L2
 # fp contraction is stated because Triton's default changes with 3.10; tl.fma marks where results rely on it.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
@@ -42,7 +42,7 @@ def access_width(N: int, itemsize: int) -> int:
 
 
 def _warps(elements: int) -> int:
-    return min(8, max(1, elements // 512))
+    return min(8, power_of_two_at_least(elements // 512))
 
 
 def _widest_filling(N: int, itemsize: int, programs: int) -> int:
@@ -59,11 +59,8 @@ def columns_tiles(M: int, N: int, itemsize: int, multiprocessors: int) -> Tiles:
     rows = max(16, power_of_two_at_least(M))
     if rows <= REGISTER_TILE // 8:
         cols = min(cols, REGISTER_TILE // rows)
-        elements = rows * cols
-    else:
-        elements = REGISTER_TILE
-        rows = elements // cols
-    return Tiles(rows, cols, 1, M, _warps(elements))
+        return Tiles(rows, cols, 1, M, _warps(rows * cols))
+    return Tiles(STREAM_TILE // cols, cols, 1, M, _warps(STREAM_TILE))
 
 
 def split_tiles(M: int, N: int, itemsize: int, multiprocessors: int) -> Tiles:
@@ -87,13 +84,17 @@ class LinearTiles:
     num_stages: int
 
 
-def linear_tiles(M: int, N: int, itemsize: int, multiprocessors: int) -> LinearTiles:
-    """128 x 128 where that fills the machine (96 KiB of shared memory at most), else 64 x 64 or less."""
-    depth = LINE_BYTES // itemsize
+def linear_tiles(M: int, N: int, itemsize: int, folded: bool, multiprocessors: int) -> LinearTiles:
+    """128 x 128 where that fills the machine (96 KiB of shared memory at most), else 64 x 64 or less.
+
+    Half as wide where BatchNorm is folded in: a thread holds that many columns' parameters, and 128 spill.
+    """
+    rows, cols, num_warps = 64, 64, 4
     if math.ceil(M / 128) * math.ceil(N / 128) >= multiprocessors and itemsize == 2:
-        return LinearTiles(128, 128, depth, 8, 3)
-    rows, cols = (max(16, min(64, power_of_two_at_least(size))) for size in (M, N))
-    return LinearTiles(rows, cols, depth, 4, 3)
+        rows, cols, num_warps = 128, 128, 8
+    rows = max(16, min(rows, power_of_two_at_least(M)))
+    cols = max(16, min(cols // 2 if folded else cols, power_of_two_at_least(N)))
+    return LinearTiles(rows, cols, LINE_BYTES // itemsize, num_warps, 3)
 
 
 @triton.jit

@@ -1,0 +1,41 @@
+"""The kernels run in Triton's interpreter unless a GPU is asked for (FASTNN_TEST_DEVICE=cuda), on NaN-filled memory."""
+
+import os
+
+DEVICE = os.environ.get("FASTNN_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)  # tests run in as many processes as there are cores
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """torch.empty and its kin give NaN (integers: -1), so that reading what nobody wrote shows."""
+    if "real_empty" in request.keywords:
+        return
+
+    def poison(function):
+        def poisoned(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            if tensor.numel() and tensor.device.type != "meta" and not torch.compiler.is_compiling():
+                tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+            return tensor
+
+        return poisoned
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

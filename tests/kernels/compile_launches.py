@@ -1,0 +1,100 @@
+"""Compiles what the launchers launch, without a GPU, and prints a JSON row per launch. Run by test_compile.py.
+
+    python -m tests.kernels.compile_launches CAPABILITY
+
+Each row: kernel, case, dtype, resources. Launchers get CPU tensors of the real shapes, untouched and so never resident.
+"""
+
+import json
+import sys
+
+import torch
+
+from fastnn.kernels import tiles
+from fastnn.kernels.launch import (
+    Epilogue,
+    Norm,
+    backward_columns,
+    backward_split,
+    forward_apply,
+    forward_columns,
+    forward_linear,
+    forward_split,
+)
+from support.ahead_of_time import MULTIPROCESSORS, resources, stand_in_driver
+
+# (M, N): a column in registers, small and at its limit; streamed; rows that no 16-byte access fits.
+COLUMNS_SHAPES = ((64, 100), (1024, 1024), (10_000, 4096), (1024, 501))
+# Few rows; the most chunks, so the largest table of partials; unaligned rows.
+SPLIT_SHAPES = ((64, 100), (380_000, 512), (20_000, 501))
+LINEAR_SHAPES = ((64, 100, 784), (1024, 501, 343), (2048, 2048, 2048))
+
+
+def norm_of(mode: str, N: int) -> Norm:
+    column = torch.empty(N)
+    return Norm(mode, column, column, column, column, torch.zeros((), dtype=torch.int64))
+
+
+def activations() -> tuple[Epilogue, Epilogue]:
+    """The cheapest and the most expensive, with dropout."""
+    seed = torch.zeros((), dtype=torch.int64)
+    return Epilogue("relu", p=0.5, seed=seed), Epilogue("gelu", p=0.5, seed=seed)
+
+
+def launch_columns(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> None:
+    relu, gelu = activations()
+    z, stats = torch.empty((M, N), dtype=dtype), torch.empty((2, N))
+    shape = tiles.columns_tiles(M, N, z.element_size(), multiprocessors)
+    forward_columns(z, norm_of("batch", N), relu, shape)
+    backward_columns(z, z, stats, norm_of("batch", N), relu, stats[0], shape)
+    if M > 1024:
+        backward_columns(z, z, stats, norm_of("running", N), relu, stats[0], shape)
+        backward_columns(z, z, None, Norm("none"), gelu, stats[0], shape)
+
+
+def launch_split(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> None:
+    relu, gelu = activations()
+    z, stats = torch.empty((M, N), dtype=dtype), torch.empty((2, N))
+    shape = tiles.split_tiles(M, N, z.element_size(), multiprocessors)
+    forward_split(z, norm_of("batch", N), relu, shape)
+    backward_split(z, z, stats, norm_of("batch", N), relu, stats[0], shape)
+    if M > 100_000:
+        forward_apply(z, norm_of("running", N), relu, shape)
+        forward_apply(z, Norm("none"), gelu, shape)
+        backward_split(z, z, stats, norm_of("running", N), relu, stats[0], shape)
+        backward_split(z, z, None, Norm("none"), gelu, stats[0], shape)
+
+
+def launch_linear(M: int, N: int, K: int, dtype: torch.dtype, multiprocessors: int) -> None:
+    relu, _ = activations()
+    x, weight, bias = torch.empty((M, K), dtype=dtype), torch.empty((N, K), dtype=dtype), torch.empty(N, dtype=dtype)
+    plain, folded = (tiles.linear_tiles(M, N, x.element_size(), fold, multiprocessors) for fold in (False, True))
+    for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
+        forward_linear(x, weight, bias, Norm("none"), relu, plain, precision, True)
+        forward_linear(x, weight, None, norm_of("running", N), relu, folded, precision, False)
+
+
+CASES = [
+    *((launch_columns, shape) for shape in COLUMNS_SHAPES),
+    *((launch_split, shape) for shape in SPLIT_SHAPES),
+    *((launch_linear, shape) for shape in LINEAR_SHAPES),
+]
+
+
+def main(capability: int) -> None:
+    rows, seen = [], set()
+    with stand_in_driver(capability) as launches:
+        for dtype in (torch.float32, torch.bfloat16):
+            for launch, shape in CASES:
+                launch(*shape, dtype, MULTIPROCESSORS[capability])
+                for one in launches:
+                    if id(one.compiled) in seen:
+                        continue
+                    seen.add(id(one.compiled))
+                    found = vars(resources(one.compiled))
+                    rows.append({"kernel": one.kernel, "shape": shape, "dtype": str(dtype), **found})
+    json.dump(rows, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

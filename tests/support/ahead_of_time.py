@@ -1,0 +1,198 @@
+"""Compiles real launches for NVIDIA GPUs without one, and reads what the compiler made of them.
+
+For processes in which TRITON_INTERPRET was not set when the kernels were imported (`without_interpreter`).
+"""
+
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+KIB = 1024
+SHARED_PER_BLOCK = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
+
+USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: str
+    grid: tuple[int, int, int]
+    compiled: CompiledKernel
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel takes of a GPU. Instructions are counted as they stand in the code, not as they run."""
+
+    registers: int  # per thread
+    stack: int  # bytes per thread: what did not fit into registers
+    shared: int  # bytes per block
+    loads: dict[int, int]  # from global memory, by width in bits
+    stores: dict[int, int]  # to global memory, by width in bits
+    async_copies: dict[int, int]  # from global to shared memory, by width in bits
+    tensor_core: int
+    instructions: int
+    opcodes: dict[str, int]  # all instructions by name without modifiers: "FADD", "SHFL", "LDL", "STL"...
+
+
+@contextmanager
+def stand_in_driver(capability: int) -> Iterator[list[Launch]]:
+    """Makes `kernel[grid](...)` on CPU tensors compile for a GPU and list the launch instead of running it.
+
+    Uses a compile cache of its own, unless TRITON_CACHE_DIR is set.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("unset TRITON_INTERPRET before importing triton: kernels would be interpreted")
+    stand_in, previous = _StandInDriver(capability), driver._active
+    with ExitStack() as stack:
+        if "TRITON_CACHE_DIR" not in os.environ:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(patch.dict(os.environ, TRITON_CACHE_DIR=folder))
+        stack.enter_context(patch.object(CompiledKernel, "_init_handles", stand_in.loading()))
+        _clear_caches()
+        driver.set_active(stand_in)
+        try:
+            yield stand_in.launches
+        finally:
+            stand_in.unload()
+            _clear_caches()
+            driver.set_active(previous)
+
+
+def _clear_caches() -> None:
+    """Triton keeps compiled kernels by device, and every capability is device 0 here."""
+    for candidate in gc.get_objects():
+        # isinstance would ask lazy modules and proxies for their class, which may import or warn.
+        if type(candidate) is JITFunction:
+            candidate.device_caches.clear()
+
+
+class _StandInDriver:
+    """What Triton asks of a driver when it compiles, loads and launches."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+        self.launches: list[Launch] = []
+        self.loaded: dict[int, CompiledKernel] = {}
+        self.utils = SimpleNamespace(
+            load_binary=self._load_binary,
+            unload_module=lambda module: None,
+            get_device_properties=self._get_device_properties,
+        )
+
+    def loading(self) -> Callable[[CompiledKernel], None]:
+        init_handles = CompiledKernel._init_handles
+
+        def load(kernel: CompiledKernel) -> None:
+            arch = kernel.metadata.target.arch
+            if arch != self.capability:
+                raise RuntimeError(
+                    f"{kernel.name}, kept from sm_{arch}, was launched on sm_{self.capability}"
+                )
+            init_handles(kernel)
+            self.loaded[kernel.function] = kernel
+
+        return load
+
+    def unload(self) -> None:
+        """Leaves kernels as before their first launch: Triton 3.9 would ask a driver to unload them."""
+        for kernel in self.loaded.values():
+            kernel.module = kernel.function = kernel._run = None
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+            kernel = self.loaded[function]
+            self.launches.append(Launch(kernel.name, (x, y, z), kernel))
+
+        return launch
+
+    def _load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
+        module = function = len(self.loaded) + 1
+        registers, spills, max_threads = 0, 0, 1024
+        return module, function, registers, spills, max_threads
+
+    def _get_device_properties(self, device: int) -> dict[str, int]:
+        return {
+            "max_shared_mem": SHARED_PER_BLOCK[self.capability],
+            "max_num_regs": 64 * KIB,
+            "multiprocessor_count": MULTIPROCESSORS[self.capability],
+            "warpSize": 32,
+        }
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
+        return divmod(self.capability, 10)
+
+
+def resources(compiled: CompiledKernel) -> Resources:
+    """Reads the machine code with the cuobjdump that Triton brings along."""
+    dump = _cuobjdump(compiled.asm["cubin"])
+    usage = [tuple(map(int, numbers)) for numbers in USAGE.findall(dump)]
+    code = [instruction for instruction in INSTRUCTION.findall(dump) if instruction != "NOP"]
+    if not usage or not code:
+        raise RuntimeError(
+            f"cuobjdump does not know the code of {compiled.name} for {compiled.metadata.target}"
+        )
+    opcodes = Counter(instruction.split(".")[0] for instruction in code)
+    return Resources(
+        registers=max(registers for registers, _, _ in usage),
+        stack=max(stack + local for _, stack, local in usage),
+        shared=compiled.metadata.shared,
+        loads=_widths(code, "LDG"),
+        stores=_widths(code, "STG"),
+        async_copies=_widths(code, "LDGSTS"),
+        tensor_core=sum(count for opcode, count in opcodes.items() if opcode.endswith("MMA")),
+        instructions=len(code),
+        opcodes=dict(opcodes),
+    )
+
+
+def _cuobjdump(cubin: bytes) -> str:
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [tool, "--dump-resource-usage", "--dump-sass", str(path)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _widths(code: list[str], opcode: str) -> dict[int, int]:
+    modifiers = [instruction.split(".")[1:] for instruction in code if instruction.split(".")[0] == opcode]
+    return dict(Counter(next((WIDTHS[name] for name in names if name in WIDTHS), 32) for names in modifiers))
+
+
+def without_interpreter(script: Path, *arguments: str) -> Any:
+    """Runs a script in a process where kernels compile; returns the JSON it prints. Warnings are errors."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
+    command = [sys.executable, "-W", "error", str(script), *arguments]
+    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
