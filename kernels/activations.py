@@ -5,17 +5,11 @@
 
 y and g are fp32 tiles; a and b are the activation's parameters (`parameters` of the row in
 fastnn/activations.py; unused by most). A NaN in y gives what torch gives: NaN in the value, and g through
-the gate of a ReLU. No intermediate overflows, so that the interpreter raises no floating-point warning.
+the gate of a ReLU. No intermediate of a finite y overflows but where the result does.
 """
 
 import triton
 import triton.language as tl
-
-_SQRT_HALF = tl.constexpr(0.7071067811865476)
-_INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
-_SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
-_GELU_CUBIC = tl.constexpr(0.044715)
-
 
 @triton.jit
 def _expm1_nonpositive(y):
@@ -91,7 +85,7 @@ def elu(y, a, b):
 
 @triton.jit
 def elu_backward(g, y, a, b):
-    return tl.where(y > 0, g, g * a * tl.exp(tl.where(y > 0, 0.0, y)))
+    return tl.where(y <= 0, g * a * tl.exp(tl.where(y <= 0, y, 0.0)), g)
 
 
 @triton.jit
@@ -143,24 +137,29 @@ def softplus_backward(g, y, a, b):
 
 @triton.jit
 def gelu(y, a, b):
-    return 0.5 * y * (1.0 + tl.erf(y * _SQRT_HALF))
+    return 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
 
 
 @triton.jit
 def gelu_backward(g, y, a, b):
-    cdf = 0.5 * (1.0 + tl.erf(y * _SQRT_HALF))
-    pdf = _INV_SQRT_2PI * tl.exp(-0.5 * y * y)
+    cdf = 0.5 * (1.0 + tl.erf(y * 0.7071067811865476))
+    pdf = 0.3989422804014327 * tl.exp(-0.5 * y * y)
     return g * (cdf + y * pdf)
 
 
 @triton.jit
+def _gelu_inner_tanh(y):
+    """tanh(sqrt(2/pi) (y + 0.044715 y³)) (Hendrycks & Gimpel 2016)."""
+    return _tanh(0.7978845608028654 * (y + 0.044715 * y * y * y))
+
+
+@triton.jit
 def gelu_tanh(y, a, b):
-    t = _tanh(_SQRT_2_OVER_PI * (y + _GELU_CUBIC * y * y * y))
-    return 0.5 * y * (1.0 + t)
+    return 0.5 * y * (1.0 + _gelu_inner_tanh(y))
 
 
 @triton.jit
 def gelu_tanh_backward(g, y, a, b):
-    t = _tanh(_SQRT_2_OVER_PI * (y + _GELU_CUBIC * y * y * y))
-    slope = _SQRT_2_OVER_PI * (1.0 + 3.0 * _GELU_CUBIC * y * y)
-    return g * (0.5 * (1.0 + t) + 0.5 * y * (1.0 - t * t) * slope)
+    t = _gelu_inner_tanh(y)
+    inner_derivative = 0.7978845608028654 * (1.0 + 0.134145 * y * y)
+    return g * (0.5 * (1.0 + t) + 0.5 * y * (1.0 - t * t) * inner_derivative)

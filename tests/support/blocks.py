@@ -39,6 +39,7 @@ class Block:
     p: float = 0.0
     mean: float = 0.0  # of the input
     spread: float = 1.0  # of the input
+    grads: bool = True  # without, only the forward runs, which is when eval BatchNorm folds into the GEMM
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -52,6 +53,8 @@ class Block:
         if self.norm != "none":
             present |= {"gamma", "beta", "dgamma", "dbeta"} if self.affine else set()
             present |= set(BUFFERS)
+        if not self.grads:
+            present = {name for name in present if not name.startswith("d")}
         axes = AXES if self.linear else AXES | {"x": "MN", "dx": "MN"}
         return {name: axes[name] for name in sorted(present)}
 
@@ -97,7 +100,7 @@ class Block:
 
     def eager(self, inputs: Tensors) -> Tensors:
         """torch.nn.functional's ops one after another; dropout as torch's CUDA kernel does it, rounding once."""
-        leaves = {name: inputs[name].requires_grad_() for name in LEAVES if name in inputs}
+        leaves = {name: inputs[name].requires_grad_(self.grads) for name in LEAVES if name in inputs}
         y = F.linear(leaves["x"], leaves["weight"], leaves.get("bias")) if self.linear else leaves["x"]
         norm = self.batch_norm(inputs)
         if norm is not None:
@@ -109,7 +112,7 @@ class Block:
         return self._outputs(out, leaves, inputs)
 
     def ours(self, inputs: Tensors) -> Tensors:
-        leaves = {name: inputs[name].requires_grad_() for name in LEAVES if name in inputs}
+        leaves = {name: inputs[name].requires_grad_(self.grads) for name in LEAVES if name in inputs}
         seed = torch.tensor(KEY) if self.p > 0 else None
         out = ops.block(
             leaves["x"], leaves.get("weight"), leaves.get("bias"), self.batch_norm(inputs), seed,
@@ -118,7 +121,8 @@ class Block:
         return self._outputs(out, leaves, inputs)
 
     def _outputs(self, out: Tensor, leaves: Tensors, inputs: Tensors) -> Tensors:
-        out.backward(inputs["g"])
+        if self.grads:
+            out.backward(inputs["g"])
         results = {"out": out.detach()}
         results |= {"d" + name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         if self.norm == "batch":

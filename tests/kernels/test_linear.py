@@ -1,0 +1,60 @@
+"""The GEMM with its epilogue against float64: the run without BatchNorm, and eval BatchNorm folded in."""
+
+import pytest
+import torch
+from support.blocks import Block
+from support.interpreter import count_accesses
+from support.numerics import judge, judge_once
+
+from fastnn import dispatch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", ["none", "running"])
+def test_epilogue_is_as_accurate_as_eager(norm, dtype, device):
+    block = Block(35, 27, 21, dtype, norm, bias=True, p=0.3, grads=norm == "none", device=device)
+    with dispatch.forced_plan("epilogue"):
+        judge(block.ours, block.eager, block.draw, block.axes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 5, 3), (2, 16, 8), (65, 33, 17), (130, 70, 129)], ids=str)
+@pytest.mark.parametrize("norm", ["none", "running"])
+def test_shapes(norm, shape, dtype, device):
+    block = Block(*shape, dtype, norm, p=0.5, bias=True, grads=norm == "none", device=device)
+    with dispatch.forced_plan("epilogue"):
+        judge_once(block.ours, block.eager, block.draw(torch.Generator().manual_seed(2)), block.axes)
+
+
+@pytest.mark.parametrize("grads", [True, False])
+@pytest.mark.parametrize("norm", ["none", "running"])
+def test_library_linear_then_apply(norm, grads, device):
+    """The plan of large fp32 products, and of eval BatchNorm whose gradient is asked for."""
+    block = Block(35, 27, 21, torch.float32, norm, bias=True, p=0.3, grads=grads, device=device)
+    with dispatch.forced_plan("apply"):
+        judge(block.ours, block.eager, block.draw, block.axes, draws=16)
+
+
+def test_folded_batch_norm_keeps_a_large_mean(device):
+    """z and running_mean near 1e4: scale · mean folded into the shift would cost three digits."""
+    block = Block(24, 16, 16, torch.float32, "running", mean=1e4, grads=False, device=device)
+
+    def draw(generator):
+        inputs = block.draw(generator)
+        inputs["running_mean"] = (inputs["x"].double() @ inputs["weight"].double().T).mean(0).float()
+        return inputs
+
+    with dispatch.forced_plan("epilogue"):
+        judge(block.ours, block.eager, draw, block.axes, draws=16)
+
+
+def test_eval_is_one_launch_that_writes_only_the_output(device):
+    block = Block(35, 27, 21, torch.float32, "running", bias=True, grads=False, device=device)
+    inputs = block.draw(torch.Generator().manual_seed(0))
+    with count_accesses() as accesses, torch.no_grad(), dispatch.forced_plan("epilogue"):
+        block.ours(inputs)
+    assert [launch.kernel for launch in accesses.launches] == ["linear_forward_kernel"]
+    assert sum(t.written for t in accesses.shaped(35, 21)) == 35 * 21 * 4
+    assert sum(t.total_read for t in accesses.shaped(35, 21)) == 0
