@@ -3,8 +3,8 @@
     mean_n = 1/M Σ_m z_mn        var_n = 1/M Σ_m (z_mn - mean_n)²        rstd_n = 1 / sqrt(var_n + eps)
     y      = (z - mean) · (rstd · gamma) + beta
     out    = activation(y) · multiplier                      (dropout.py; 1 without dropout)
-    running_mean <- running_mean + f · (mean - running_mean)
-    running_var  <- running_var + f · (var · M/(M-1) - running_var),   f = momentum, or 1/num_batches_tracked
+    running_mean <- (1 - f) · running_mean + f · mean
+    running_var  <- (1 - f) · running_var + f · var · M/(M-1),          f = momentum, or 1/num_batches_tracked
 
 (Ioffe & Szegedy, "Batch Normalization", 2015, algorithm 1.) Statistics are Welford's, one running mean and centred
 sum of squares for every slot of the tile, combined once at the end (Chan, Golub & LeVeque 1983). They are
@@ -136,8 +136,8 @@ def store_statistics(
             factor = 1.0 / tl.load(batches_ptr).to(tl.float32)
         old_mean = load_columns(running_mean_ptr, cols, N, 0.0)
         old_var = load_columns(running_var_ptr, cols, N, 0.0)
-        new_mean = old_mean + factor * (mean - old_mean)
-        new_var = old_var + factor * (m2 / (M - 1) - old_var)
+        new_mean = (1.0 - factor) * old_mean + factor * mean
+        new_var = (1.0 - factor) * old_var + factor * (m2 / (M - 1))
         tl.store(running_mean_ptr + cols, to_stored(new_mean, running_mean_ptr.dtype.element_ty), mask=exists)
         tl.store(running_var_ptr + cols, to_stored(new_var, running_var_ptr.dtype.element_ty), mask=exists)
 
@@ -171,7 +171,6 @@ def columns_forward_kernel(
     N = aligned(N, VEC)
     col = tl.program_id(0) * COLS
     cols = col + tl.arange(0, COLS)
-    key = load_key(seed_ptr, seed)
     if ONE_TILE:
         z = load_tile(z_ptr, 0, M, N, col, True, ROWS, COLS)
         mean, m2 = tile_statistics(z, 0, M, ROWS, COLS)
@@ -185,6 +184,7 @@ def columns_forward_kernel(
             count_batch(batches_ptr)
     scale = rstd * load_columns(gamma_ptr, cols, N, 1.0)
     shift = load_columns(beta_ptr, cols, N, 0.0)
+    key = load_key(seed_ptr, seed)
     if ONE_TILE:
         apply_tile(z, out_ptr, 0, M, N, col, mean, scale, shift, act_a, act_b, key, threshold, keep_scale,
                    ACTIVATION, NORM_BATCH, DROPOUT, True, ROWS, COLS)  # fmt: skip
@@ -240,7 +240,6 @@ def apply_kernel(
     N = aligned(N, VEC)
     col, chunk = tl.program_id(0) * COLS, tl.program_id(1)
     cols = col + tl.arange(0, COLS)
-    key = load_key(seed_ptr, seed)
     begin = chunk * rows_per_chunk
     mean = load_columns(None, cols, N, 0.0)
     rstd = load_columns(None, cols, N, 1.0)
@@ -261,5 +260,6 @@ def apply_kernel(
                 store_statistics(mean, mean, rstd, stats_ptr, None, None, None, cols, M, N, momentum, False)
     scale = rstd * load_columns(gamma_ptr, cols, N, 1.0)
     shift = load_columns(beta_ptr, cols, N, 0.0)
+    key = load_key(seed_ptr, seed)
     apply_stream(z_ptr, out_ptr, begin, tl.minimum(begin + rows_per_chunk, M), N, col, mean, scale, shift,
                  act_a, act_b, key, threshold, keep_scale, ACTIVATION, NORM, DROPOUT, ROWS, COLS)  # fmt: skip

@@ -13,7 +13,8 @@ REGISTER_TILE = 8192  # elements: 8 warps hold 32 a thread, and the backward's t
 STREAM_TILE = 4096  # elements: 16 a thread of 8 warps; a streaming backward spills with 32, and with 16 warps
 MAX_CHUNKS = 128  # row chunks of the split plan: each apply program rereads that many partials from L2
 # fp contraction is stated because Triton's default changes with 3.10; tl.fma marks where results rely on it.
-LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+# 255 registers are the machine's own limit: ptxas for sm_100 else stops at 128 and spills.
+LAUNCH_OPTIONS = {"enable_fp_fusion": True, "maxnreg": 255}
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ def _warps(elements: int) -> int:
 
 
 def _widest_filling(N: int, itemsize: int, programs: int) -> int:
-    """The widest tile, between a sector and a line, that still makes that many programs over N columns."""
+    """The widest tile, between a sector and a line and no wider than N, that makes that many programs over N columns."""
     narrow, cols = SECTOR_BYTES // itemsize, LINE_BYTES // itemsize
-    while cols > narrow and math.ceil(N / cols) < programs:
+    while cols > narrow and (math.ceil(N / cols) < programs or cols >= 2 * N):
         cols //= 2
     return cols
 

@@ -1,0 +1,55 @@
+"""The tile rules: every row and column covered once, the machine filled, the limits they promise kept."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastnn import dispatch
+from fastnn.kernels import tiles
+
+sizes = st.integers(1, 500_000)
+
+
+@given(M=sizes, N=st.integers(1, 10_000), itemsize=st.sampled_from([2, 4]), multiprocessors=st.integers(8, 200))
+def test_tiles_cover_the_rows_and_keep_their_limits(M, N, itemsize, multiprocessors):
+    for rule in (tiles.columns_tiles, tiles.split_tiles):
+        found = rule(M, N, itemsize, multiprocessors)
+        assert (found.chunks - 1) * found.rows_per_chunk < M <= found.chunks * found.rows_per_chunk
+        assert found.chunks <= tiles.MAX_CHUNKS
+        for size in (found.rows, found.cols, found.num_warps):
+            assert size == tiles.power_of_two_at_least(size)
+        assert found.rows * found.cols <= tiles.REGISTER_TILE
+        assert found.cols >= 8  # a call of the dropout generator
+        assert found.num_warps <= 8
+        assert found.rows * dispatch.MAX_FEATURES < 2**31  # offsets within a tile are 32-bit
+        if rule is tiles.columns_tiles:
+            assert found.chunks == 1
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_a_column_up_to_1024_rows_stays_in_registers(itemsize):
+    for M in (2, 64, 512, 1000, 1024):
+        assert tiles.columns_tiles(M, 2048, itemsize, 132).one_tile
+    assert not tiles.columns_tiles(1025, 2048, itemsize, 132).one_tile
+
+
+@pytest.mark.parametrize(("M", "N"), [(380_000, 512), (80_000, 1024), (100_000, 8), (10_000, 500)])
+def test_split_fills_the_machine(M, N):
+    found = tiles.split_tiles(M, N, 4, 132)
+    programs = found.chunks * -(-N // found.cols)
+    # Whole tiles in every chunk cost up to a quarter of the four programs a multiprocessor that are aimed at.
+    assert programs >= min(4 * 132, tiles.MAX_CHUNKS * -(-N // found.cols)) * 0.75
+
+
+def test_columns_narrow_until_the_machine_is_filled_but_never_below_a_sector():
+    assert tiles.columns_tiles(5000, 8192, 4, 132).cols == 32
+    assert tiles.columns_tiles(5000, 2048, 4, 132).cols == 8  # 64 programs of a line each would idle half
+    assert tiles.columns_tiles(5000, 100, 4, 132).cols == 8
+    assert tiles.columns_tiles(5000, 100, 2, 132).cols == 16
+
+
+@pytest.mark.parametrize(
+    ("N", "itemsize", "width"), [(100, 4, 4), (101, 4, 1), (102, 4, 2), (100, 2, 4), (104, 2, 8), (1, 2, 1)]
+)
+def test_access_width_is_what_every_row_start_is_aligned_to(N, itemsize, width):
+    assert tiles.access_width(N, itemsize) == width
