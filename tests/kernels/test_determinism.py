@@ -1,0 +1,67 @@
+"""Results do not depend on the order programs run in, nor change from run to run; counters are counted once."""
+
+import pytest
+import torch
+from support.blocks import KEY, Block
+from support.interpreter import shuffled_grid
+
+from fastnn import dispatch, ops
+from fastnn.reference import BatchNorm
+
+CASES = {
+    "columns": Block(50, 6, 40, p=0.5),
+    "columns streamed": Block(1100, 3, 20, p=0.5),
+    "split": Block(600, 3, 70, p=0.5),
+    "apply": Block(200, 3, 70, norm="running", p=0.5),
+    "epilogue": Block(150, 9, 140, norm="none", bias=True, p=0.5),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shuffled_grids_give_the_same_bits(case):
+    block = CASES[case]
+    inputs = block.draw(torch.Generator().manual_seed(0))
+
+    def run():
+        with dispatch.forced_plan(case.split()[0]):
+            return block.ours({name: tensor.clone() for name, tensor in inputs.items()})
+
+    expected = run()
+    for seed in (1, 2):
+        with shuffled_grid(seed):
+            shuffled = run()
+        for name, tensor in expected.items():
+            assert torch.equal(shuffled[name], tensor), name
+    for name, tensor in run().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("momentum", [0.1, None, 0.0, 1.0])
+@pytest.mark.parametrize("plan", ["columns", "split"])
+def test_counter_and_running_statistics_over_batches_in_any_order(plan, momentum):
+    """Against torch.nn.BatchNorm1d in float64; momentum None is the average over all batches so far."""
+    N = 40
+    norm = torch.nn.BatchNorm1d(N, momentum=momentum)
+    exact = torch.nn.BatchNorm1d(N, momentum=momentum).double()
+    for step in range(4):
+        x = torch.randn(30 + step, N) * 3 + 1
+        arguments = BatchNorm(
+            norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.num_batches_tracked,
+            True, momentum, norm.eps,
+        )  # fmt: skip
+        with dispatch.forced_plan(plan), shuffled_grid(step):
+            ops.block(x, None, None, arguments, torch.tensor(KEY), "relu", 0.0, 0.0, 0.0)
+        exact(x.double())
+        assert norm.num_batches_tracked.item() == step + 1
+        for name in ("running_mean", "running_var"):
+            torch.testing.assert_close(getattr(norm, name).double(), getattr(exact, name), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("plan", ["columns", "split"])
+def test_bias_before_batch_statistics_gets_exact_zeros(plan):
+    block = Block(64, 7, 33, bias=True, p=0.3)
+    inputs = block.draw(torch.Generator().manual_seed(0))
+    bias = inputs["bias"].requires_grad_()
+    with dispatch.forced_plan(plan):
+        block.ours(inputs)
+    assert torch.equal(bias.grad, torch.zeros_like(bias))
