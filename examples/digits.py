@@ -4,7 +4,10 @@ Blocks of Linear(bias=False) -> BatchNorm1d -> ReLU -> Dropout, then an output L
 same weights and see the same batches; only the Sequential differs: nn.Sequential or fastnn.nn.Sequential. The
 weights of the epoch with the best validation accuracy are restored before the one look at the test part.
 
-@OUTPUT@
+    python examples/digits.py
+
+shows a progress bar, then a table with a row for each (test accuracy and loss, median time of a training step,
+kernel launches of one on a GPU), and saves the curves of training loss and validation accuracy as digits.png.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +31,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import fastnn.nn
+import fastnn
+from fastnn import dispatch
 
 TRAIN, VALIDATION, TEST = 1257, 180, 360  # images: 70, 10 and 20 per cent of 1797
 Part = tuple[torch.Tensor, torch.Tensor]
@@ -47,10 +52,8 @@ def load(seed: int, device: torch.device) -> list[Part]:
     x, x_val, y, y_val = train_test_split(x, y, test_size=VALIDATION, stratify=y, random_state=seed)
     scaler = StandardScaler().fit(x)
     images = [torch.tensor(scaler.transform(part)).float().to(device) for part in (x, x_val, x_test)]
-    return [
-        (part, torch.tensor(labels).to(device))
-        for part, labels in zip(images, (y, y_val, y_test), strict=True)
-    ]
+    labels = [torch.tensor(part).to(device) for part in (y, y_val, y_test)]
+    return list(zip(images, labels, strict=True))
 
 
 def build(sequential: type[nn.Sequential], hidden: list[int], dropout: float) -> nn.Sequential:
@@ -104,9 +107,7 @@ def train(model: nn.Module, parts: list[Part], args: argparse.Namespace, tick: C
     for epoch in range(1, args.epochs + 1):
         model.train()
         batches = torch.randperm(TRAIN, generator=shuffle).to(x.device).split(args.batch_size)
-        steps = [
-            timed(batch) for batch in batches if len(batch) == args.batch_size
-        ]  # the last may be incomplete
+        steps = [timed(batch) for batch in batches if len(batch) == args.batch_size]  # not the incomplete last
         losses.append(torch.stack([loss for loss, _ in steps]).mean().item())
         times += [ms for _, ms in steps]
         accuracy, loss = evaluate(model, *validation)
@@ -127,9 +128,7 @@ def draw(runs: dict[str, Run], device: torch.device, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     figure.suptitle(f"MLP on scikit-learn's digits, trained with torch.nn and with fastnn.nn on {device}")
     styles = ({"color": "tab:orange", "lw": 4, "alpha": 0.6}, {"color": "tab:blue", "lw": 1.5, "ls": "--"})
-    for (name, run), style in zip(
-        runs.items(), styles, strict=True
-    ):  # where they coincide, dashed over plain
+    for (name, run), style in zip(runs.items(), styles, strict=True):  # dashed over plain where they coincide
         epochs, marker = range(1, len(run.loss) + 1), "o" if len(run.loss) == 1 else ""
         left.plot(epochs, run.loss, marker=marker, label=name, **style)
         label = f"{name} (best: epoch {run.best_epoch})"
@@ -145,7 +144,7 @@ def draw(runs: dict[str, Run], device: torch.device, path: Path) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=style)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], formatter_class=style)
     add = parser.add_argument
     add("--epochs", type=int, default=40, help="passes over the training part")
     add("--batch-size", type=int, default=64, help="images per step")
@@ -192,17 +191,9 @@ def main() -> None:
     console = Console()
     with Progress(console=console) as progress:
         tasks = {name: progress.add_task(name, total=args.epochs) for name in models}
-        runs = {
-            name: train(m, parts, args, lambda t=tasks[name]: progress.advance(t))
-            for name, m in models.items()
-        }
+        runs = {name: train(m, parts, args, partial(progress.advance, tasks[name])) for name, m in models.items()}
     table = Table("implementation", caption="tested with the weights of the best validation accuracy")
-    for heading in (
-        "test accuracy\n(%)",
-        "test loss\n(nats)",
-        "median step\n(ms)",
-        "kernel launches\nper step",
-    ):
+    for heading in ("test accuracy\n(%)", "test loss\n(nats)", "median step\n(ms)", "kernel launches\nper step"):
         table.add_column(heading, justify="right")
     for name, run in runs.items():
         table.add_row(name, *run.row)
@@ -211,7 +202,8 @@ def main() -> None:
     if args.device.type == "cpu":
         console.print("Kernel launches are counted on a GPU only.")
     console.print(f"Curves: {args.figure}")
-    console.print(f"Ran on {args.device}.")
+    path = dispatch.device_path(args.device)
+    console.print(f"Ran on {args.device}; fastnn's path there: {path.name}" + f" ({path.reason})" * path.eager)
 
 
 if __name__ == "__main__":

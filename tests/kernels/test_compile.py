@@ -12,7 +12,11 @@ KERNELS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[80, 90, 100])
+# One worker compiles for one architecture: a minute each, which two workers need not spend twice.
+CAPABILITIES = [pytest.param(sm, marks=pytest.mark.xdist_group(f"sm_{sm}")) for sm in (80, 90, 100)]
+
+
+@pytest.fixture(scope="module", params=CAPABILITIES)
 def compiled(request) -> tuple[int, list[dict]]:
     return request.param, without_interpreter(SCRIPT, str(request.param))
 

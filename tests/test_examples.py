@@ -1,0 +1,54 @@
+"""The examples as a user runs them: in a process of their own, on the path of the device at hand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DIGITS = ROOT / "examples" / "digits.py"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    command = [sys.executable, "-W", "error", str(DIGITS), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_digits_reaches_96_percent_with_both_and_draws_the_curves(tmp_path):
+    figure = tmp_path / "digits.png"
+    done = run("--figure", str(figure))
+    assert done.returncode == 0, done.stderr
+    accuracies = dict(re.findall(r"^│ (torch\.nn|fastnn\.nn)\s+│\s+([\d.]+) │", done.stdout, re.MULTILINE))
+    assert accuracies.keys() == {"torch.nn", "fastnn.nn"}
+    assert min(map(float, accuracies.values())) >= 96
+    pixels = matplotlib.image.imread(figure)
+    assert pixels.shape[0] >= 600
+    assert pixels.std() > 0.05  # curves, not a blank page
+
+
+def test_digits_on_the_cpu_is_torch_itself(tmp_path):
+    """The eager path draws torch's own masks: equal loss to the last digit shown."""
+    done = run("--device", "cpu", "--epochs", "3", "--hidden", "32", "16", "--figure", str(tmp_path / "digits.png"))
+    rows = re.findall(r"^│ \S+\s+│\s+([\d.]+) │\s+([\d.]+) │", done.stdout, re.MULTILINE)
+    assert len(rows) == 2
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("--epochs", "0"), ("--dropout", "1.5"), ("--batch-size", "1"), ("--hidden", "0"), ("--lr", "nan"),
+        ("--device", "toaster"), ("--device", "cuda:99"), ("--figure", "curves.txt"), ("--figure", "/no/such/a.png"),
+    ],
+)  # fmt: skip
+def test_digits_refuses_a_wrong_argument_in_one_line(argument, value):
+    done = run(argument, value)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert argument in done.stderr.splitlines()[-1]
