@@ -110,9 +110,8 @@ def _block_forward(
     if norm == "batch":
         buffers = (running_mean, running_var, num_batches_tracked)
         torch.autograd.graph.increment_version([t for t in buffers if t is not None])
-    nothing = out.new_empty(0)
-    keep_stats = save and norm != "none"
-    return out, z if save and z is not None else nothing, stats if keep_stats else nothing.float()
+    keep_z, keep_stats = save and z is not None, save and norm != "none"
+    return out, z if keep_z else out.new_empty(0), stats if keep_stats else out.new_empty(0, dtype=torch.float32)
 
 
 def _block_forward_fake(
@@ -142,12 +141,12 @@ def _block_backward(
             grad.contiguous(), z, None if norm == "none" else stats, launch.Norm(norm, gamma, beta),
             launch.Epilogue(activation, a, b, p, seed), bias if needs_bias else None, _tiles(plan, z),
         )  # fmt: skip
-    nothing = z.new_empty(0)
-    dinput, dweight = grads.dz, nothing
+    dinput, dweight = grads.dz, None
     if weight is not None:
-        dinput = torch.mm(grads.dz, weight, out=torch.empty_like(input)) if needs_input else nothing
-        dweight = torch.mm(grads.dz.t(), input, out=torch.empty_like(weight)) if needs_weight else nothing
-    return dinput, dweight, *(nothing if d is None else d for d in (grads.dbias, grads.dgamma, grads.dbeta))
+        dinput = torch.mm(grads.dz, weight, out=torch.empty_like(input)) if needs_input else None
+        dweight = torch.mm(grads.dz.t(), input, out=torch.empty_like(weight)) if needs_weight else None
+    found = (dinput, dweight, grads.dbias, grads.dgamma, grads.dbeta)
+    return tuple(z.new_empty(0) if d is None else d for d in found)  # outputs of an op may not share memory
 
 
 def _block_backward_fake(

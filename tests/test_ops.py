@@ -1,0 +1,174 @@
+"""The registered ops: their fakes, torch.compile over them, and where dropout seeds come from."""
+
+import pytest
+import torch
+from support.blocks import KEY, Block
+
+import fastnn
+from fastnn import dispatch, ops
+
+pytestmark = [
+    pytest.mark.real_empty,
+    # Dynamo itself instantiates autograd.Function while tracing.
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
+
+
+def forward_arguments(norm="batch", linear=True, save=True, dtype=torch.float32):
+    block = Block(12, 5 if linear else 9, 9, dtype, norm, linear=linear, bias=linear, p=0.5)
+    t = block.draw(torch.Generator().manual_seed(0))
+    counter = torch.zeros((), dtype=torch.int64) if norm == "batch" else None
+    return (
+        t["x"], t.get("weight"), t.get("bias"), t.get("gamma"), t.get("beta"), t.get("running_mean"),
+        t.get("running_var"), counter, torch.tensor(KEY), norm, 0.1, 1e-5, "relu", 0.0, 0.0, 0.5, save,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("norm", ["batch", "running", "none"])
+def test_forward_op_passes_opcheck(norm, linear, save):
+    arguments = forward_arguments(norm, linear, save)
+    torch.library.opcheck(torch.ops.fastnn.block_forward.default, arguments)
+
+
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, False), (True, False, True)])
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("norm", ["batch", "running", "none"])
+def test_backward_op_passes_opcheck(norm, linear, needs):
+    x, weight, bias, gamma, beta, _, _, _, seed, *_ = arguments = forward_arguments(norm, linear)
+    out, z, stats = torch.ops.fastnn.block_forward(*arguments)
+    backward = (torch.randn_like(out), x, weight, bias, gamma, beta, z, stats, seed, norm, "relu", 0.0, 0.0, 0.5, needs)
+    torch.library.opcheck(torch.ops.fastnn.block_backward.default, backward)
+
+
+def mlp(p=0.5):
+    return fastnn.nn.MLP(7, [16, 16, 3], norm_layer=torch.nn.BatchNorm1d, dropout=p)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "eager"])
+def test_compiles_without_a_break_and_equals_eager(backend):
+    torch.manual_seed(1)
+    model = mlp(p=0.0)
+    compiled_model = mlp(p=0.0)
+    compiled_model.load_state_dict(model.state_dict())
+    compiled = torch.compile(compiled_model, backend=backend, fullgraph=True)
+    for _ in range(2):
+        x = torch.randn(20, 7)
+        results = [f(x) for f in (model, compiled)]
+        torch.testing.assert_close(*results)
+        g = torch.randn_like(results[0])
+        for out in results:
+            out.backward(g)
+    for (name, mine), theirs in zip(compiled_model.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+    for mine, theirs in zip(compiled_model.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_batch_sizes_compile_at_most_twice():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model = torch.compile(mlp(), backend=counter, fullgraph=True)
+    for M in (12, 20, 33, 5, 64):
+        model(torch.randn(M, 7)).sum().backward()
+    assert counter.frame_count <= 2
+
+
+def kept_masks(model, x):
+    """Which outputs of two dropout layers over ones survive; the layers see the same shape."""
+    return [layer(x) != 0 for layer in model]
+
+
+def two_layers():
+    """Activation + dropout runs on inputs of one shape: only the seeds can tell their masks apart."""
+    return [fastnn.nn.Sequential(torch.nn.ReLU(), torch.nn.Dropout(0.5)) for _ in range(2)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_layers_never_share_a_mask(compiled):
+    """AOTAutograd merges equal calls of most custom random ops; torch.randint it leaves alone."""
+    layers = two_layers()
+
+    def both(x):
+        return tuple(kept_masks(layers, x))
+
+    function = torch.compile(both, backend="aot_eager", fullgraph=True) if compiled else both
+    ones = torch.ones(64, 64)
+    first, second = function(ones)
+    third, _ = function(ones)
+    for a, b in [(first, second), (first, third)]:
+        assert ((a == b).double().mean() - 0.5).abs() < 5 * 0.5 / 64
+
+
+def test_manual_seed_reproduces_and_forking_restores():
+    layer = two_layers()[0]
+    ones = torch.ones(32, 32)
+    torch.manual_seed(5)
+    first, second = layer(ones), layer(ones)
+    torch.manual_seed(5)
+    with torch.random.fork_rng():
+        torch.testing.assert_close(layer(ones), first, rtol=0, atol=0)
+    assert torch.equal(layer(ones), first)
+    assert torch.equal(layer(ones), second)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("preserve", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_recomputes_with_a_consistent_mask(preserve, reentrant):
+    """d out / d x of ReLU + dropout at positive x is the mask itself: what the forward showed or, drawn anew, its own."""
+    layer = two_layers()[0]
+    x = torch.ones(32, 32, requires_grad=True)
+    out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant, preserve_rng_state=preserve)
+    out.backward(torch.ones_like(out))
+    assert set(x.grad.unique().tolist()) == {0.0, 2.0}
+    if preserve:
+        assert torch.equal(x.grad, out.detach())
+
+
+class StubGenerator:
+    """The part of a CUDA generator that seeds are made of."""
+
+    def __init__(self, seed, offset=0):
+        self.seed, self.offset = seed, offset
+
+    def initial_seed(self):
+        return self.seed
+
+    def get_offset(self):
+        return self.offset
+
+    def set_offset(self, offset):
+        self.offset = offset
+
+
+def test_cuda_seeds_come_from_the_generators_seed_and_offset_without_a_launch(monkeypatch):
+    generator = StubGenerator(123)
+    monkeypatch.setattr(torch.cuda, "default_generators", [generator])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    device = torch.device("cuda", 0)
+    seeds = [ops.dropout_seed(device) for _ in range(100)]
+    assert all(seed.is_cpu and seed.dtype == torch.int64 and seed.dim() == 0 and seed >= 0 for seed in seeds)
+    assert len({seed.item() for seed in seeds}) == 100
+    assert generator.offset == 400  # torch's offsets are multiples of 4
+    generator.offset = 0
+    assert ops.dropout_seed(device).item() == seeds[0].item()
+    generator.seed, generator.offset = 124, 0
+    assert ops.dropout_seed(device).item() not in {seed.item() for seed in seeds}
+
+
+def test_forced_plan_reaches_the_kernels_and_is_undone():
+    block = Block(40, 4, 8)
+    inputs = block.draw(torch.Generator().manual_seed(0))
+    with dispatch.forced_plan("split"):
+        assert dispatch.statistics_plan(40, 8, 4, torch.device("cpu")) == "split"
+        block.ours(inputs)
+    assert dispatch.statistics_plan(40, 8, 4, torch.device("cpu")) == "columns"
+
+
+def test_buffers_moved_by_the_kernels_count_as_changed():
+    """Autograd must see the in-place update, as it does torch's."""
+    arguments = forward_arguments("batch")
+    versions = [t._version for t in arguments[5:8]]
+    torch.ops.fastnn.block_forward(*arguments)
+    assert all(t._version > version for t, version in zip(arguments[5:8], versions, strict=True))
