@@ -32,12 +32,12 @@ class Sequential(nn.Sequential):
         if not isinstance(input, Tensor) or _is_observed():
             return super().forward(input)
         for part in runs.split(self._modules.values()):
-            if not isinstance(part, runs.Run):
+            if not isinstance(part, tuple):
                 input = part(input)
             elif runs.fits(part, input):
                 input = runs.apply(part, input)
             else:
-                for layer in part.layers:
+                for layer in part:
                     input = layer(input)
         return input
 
@@ -49,7 +49,7 @@ class Sequential(nn.Sequential):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles in its place: it knows neither our ops nor Python's introspection."""
-        return nn.Sequential(self._modules)
+        return nn.Sequential(OrderedDict(self._modules))
 
 
 def _is_observed() -> bool:

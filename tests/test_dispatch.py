@@ -1,0 +1,138 @@
+"""Which path and plan a call takes, and the reasons given."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from fastnn import dispatch
+
+CPU = torch.device("cpu")
+
+
+def path_of(x, dtype=None, features=8, tensors=()):
+    return dispatch.path(x, dtype or x.dtype, features, tensors)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+EAGER = {
+    "float64": (lambda: path_of(torch.ones(2, 8, dtype=torch.float64)), "no kernels for torch.float64"),
+    "complex": (lambda: path_of(torch.ones(2, 8, dtype=torch.complex64)), "no kernels for torch.complex64"),
+    "empty": (lambda: path_of(torch.ones(0, 8)), "empty input"),
+    "subclass": (lambda: path_of(torch.ones(2, 8).as_subclass(Subclass)), "tensor subclass Subclass"),
+    "parameter subclass": (
+        lambda: path_of(torch.ones(2, 8), tensors=(torch.ones(8).as_subclass(Subclass),)),
+        "tensor subclass Subclass",
+    ),
+    "meta": (lambda: path_of(torch.ones(2, 8, device="meta")), "not meta"),
+    "mixed devices": (
+        lambda: path_of(torch.ones(2, 8), tensors=(torch.ones(8, device="meta"),)),
+        "tensors on different devices",
+    ),
+    "float64 parameters": (
+        lambda: path_of(torch.ones(2, 8), tensors=(torch.ones(8, dtype=torch.float64),)),
+        "no kernels for torch.float64 parameters",
+    ),
+    "wide": (lambda: path_of(torch.ones(2, 8), features=1 << 21), "more than 1048576 features"),
+}
+
+
+@pytest.mark.parametrize("case", EAGER)
+def test_what_the_kernels_do_not_serve_runs_eagerly_with_a_reason(case):
+    call, reason = EAGER[case]
+    found = call()
+    assert found.eager
+    assert reason in found.reason
+
+
+def test_served_dtypes_take_the_interpreter_here():
+    for dtype in dispatch.KERNEL_DTYPES:
+        found = path_of(torch.ones(2, 8, dtype=dtype), tensors=(None, nn.Parameter(torch.ones(8))))
+        assert found == dispatch.Path("interpreter")
+
+
+def test_old_gpus_and_rocm_run_eagerly(monkeypatch):
+    reason = dispatch._cuda_reason.__wrapped__
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert reason(0) == "compute capability 7.5 is below 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    assert reason(0) == ""
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "ROCm" in reason(0)
+
+
+# (M, N, bytes of an element, plan on 132 multiprocessors): the published shapes the rule was derived for.
+PLANS = [
+    (64, 100, 4, "columns"),  # a column in registers, however few columns
+    (1024, 501, 4, "columns"),
+    (512, 2048, 2, "columns"),
+    (2048, 8192, 2, "columns"),
+    (10_000, 500, 4, "columns"),  # 63 sectors a row: half the machine draws more than its share
+    (380_000, 512, 4, "columns"),
+    (380_000, 512, 2, "split"),  # 32 sectors
+    (80_000, 128, 4, "split"),
+    (5000, 8, 4, "split"),
+]
+
+
+@pytest.mark.parametrize(("M", "N", "itemsize", "plan"), PLANS)
+def test_statistics_plan_of_published_shapes(M, N, itemsize, plan):
+    assert dispatch.statistics_plan(M, N, itemsize, CPU) == plan
+
+
+def test_forced_plan_is_taken_only_where_it_serves():
+    with dispatch.forced_plan("epilogue"):
+        assert dispatch.statistics_plan(64, 100, 4, CPU) == "columns"
+        assert dispatch.linear_plan(10_000, 10_000, 10_000, torch.float32) == "epilogue"
+    assert dispatch.linear_plan(10_000, 10_000, 10_000, torch.float32) == "apply"
+    assert dispatch.linear_plan(64, 100, 784, torch.float32) == "epilogue"
+
+
+SETTINGS = """
+import torch
+from fastnn import dispatch
+assert dispatch.fp32_precision() == "ieee"
+{setting}
+print(dispatch.fp32_precision())
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("", "ieee"),
+        ("torch.set_float32_matmul_precision('high')", "tf32"),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
+        ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+        ("torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'", "ieee"),
+    ],
+)
+def test_fp32_precision_follows_torchs_settings(setting, expected):
+    """In a process of its own: once the new settings were used, torch's older getters raise."""
+    code = SETTINGS.format(setting=setting)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch, fastnn
+from fastnn import dispatch
+assert dispatch.device_path(torch.device("cpu")) == dispatch.Path("eager", "Triton is not installed")
+block = fastnn.nn.LinearBatchNormReLUDropout(4, 3)
+block(torch.randn(5, 4)).sum().backward()
+from fastnn.__main__ import main
+assert main() == 0
+"""
+
+
+def test_without_triton_everything_imports_and_runs_eagerly():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Triton not installed" in done.stdout
