@@ -61,7 +61,7 @@ def describe_environment(device: torch.device) -> Iterator[str]:
 
 def draw_tensors(check: Check, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"input": (check.rows, IN if check.linear else OUT), "grad": (check.rows, OUT)}
+    shapes: dict[str, tuple[int, ...]] = {"input": (check.rows, IN if check.linear else OUT), "grad": (check.rows, OUT)}
     if check.linear:
         shapes |= {"weight": (OUT, IN), "bias": (OUT,)}
     if check.norm != "none":
@@ -121,7 +121,9 @@ def check_kernels(device: torch.device) -> bool:
         for dtype in dispatch.KERNEL_DTYPES:
             eps = torch.finfo(dtype).eps
             # The bound on one draw: four times what eager loses, and a rounding of the result itself.
-            rows = [(ours / (4 * theirs + eps), name, ours, theirs) for name, ours, theirs in errors(check, dtype, device)]
+            rows = [
+                (ours / (4 * theirs + eps), name, ours, theirs) for name, ours, theirs in errors(check, dtype, device)
+            ]
             worst, name, ours, theirs = max(rows)
             holds = worst <= 1 and all(row[0] == row[0] for row in rows)
             all_hold &= holds

@@ -1,7 +1,7 @@
 """The activations a run may hold: one row each, and the pair of device functions of that name in kernels/."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,14 +15,14 @@ class Activation(NamedTuple):
 
     function: Callable[[Tensor, float, float], Tensor]
     module: type[nn.Module]
-    parameters: Callable[[nn.Module], tuple[float, float] | None]
+    parameters: Callable[[Any], tuple[float, float] | None]
 
 
-def _none(module: nn.Module) -> tuple[float, float]:
+def _none(module: Any) -> tuple[float, float]:
     return (0.0, 0.0)
 
 
-def _gelu_form(approximate: str) -> Callable[[nn.Module], tuple[float, float] | None]:
+def _gelu_form(approximate: str) -> Callable[[Any], tuple[float, float] | None]:
     return lambda m: (0.0, 0.0) if m.approximate == approximate else None
 
 

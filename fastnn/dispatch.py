@@ -13,7 +13,7 @@ try:
     from .kernels import launch, tiles
     from .kernels.casts import INTERPRETED as _INTERPRETED
 except ImportError:  # no Triton: macOS, Windows
-    launch = tiles = None
+    launch = tiles = None  # type: ignore[assignment]
     _INTERPRETED = False
 
 HAS_KERNELS = launch is not None
@@ -123,7 +123,7 @@ def _pick(*candidates: str) -> str:
 
 
 def statistics_plan(M: int, N: int, itemsize: int, device: torch.device) -> str:
-    """"columns" or "split".
+    """ "columns" or "split".
 
     Split moves 5/3 of the bytes (forward 4 accesses after the GEMM's for 3, backward 5 for 3) and launches twice, but
     columns leaves a multiprocessor idle for each it has more than sectors in a row. One multiprocessor can draw about
@@ -138,7 +138,7 @@ def statistics_plan(M: int, N: int, itemsize: int, device: torch.device) -> str:
 
 
 def linear_plan(M: int, N: int, K: int, dtype: torch.dtype) -> str:
-    """"epilogue" (our GEMM) or "apply" (the library's, then one elementwise kernel).
+    """ "epilogue" (our GEMM) or "apply" (the library's, then one elementwise kernel).
 
     Our fp32 GEMM without TF32 has no tensor cores and no tuning: it serves where launches cost more than arithmetic.
     """
@@ -148,7 +148,7 @@ def linear_plan(M: int, N: int, K: int, dtype: torch.dtype) -> str:
 
 
 def fp32_precision() -> str:
-    """"tf32" or "ieee", as torch's settings ask of float32 matrix products on CUDA."""
+    """ "tf32" or "ieee", as torch's settings ask of float32 matrix products on CUDA."""
     for setting in (torch.backends.cuda.matmul, torch.backends):
         if setting.fp32_precision != "none":
             return "tf32" if setting.fp32_precision == "tf32" else "ieee"

@@ -52,7 +52,7 @@ def linear_batch_norm_act_dropout(
     if path.eager or (activation == "softplus" and dtype != input.dtype):  # autocast runs softplus in fp32
         return reference.block(input, weight, bias, batch_norm, activation, *activation_args, p)
     if weight is not None:
-        input, weight, bias = (None if t is None else t.to(dtype) for t in (input, weight, bias))
+        input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     seed = ops.dropout_seed(input.device) if p > 0 else None
     out = ops.block(rows, weight, bias, batch_norm, seed, activation, *activation_args, p)

@@ -128,9 +128,7 @@ def _block_forward_fake(
     )
 
 
-def _block_backward(
-    grad, input, weight, bias, gamma, beta, z, stats, seed, norm, activation, a, b, p, needs_linear
-):
+def _block_backward(grad, input, weight, bias, gamma, beta, z, stats, seed, norm, activation, a, b, p, needs_linear):
     """Gradients by input, weight, bias, gamma and beta; an empty tensor where there is or needs to be none."""
     if weight is None:
         z = input.contiguous()
@@ -173,7 +171,7 @@ class Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, gamma, beta, running_mean, running_var, num_batches_tracked, seed, *settings):
-        norm, momentum, eps, *epilogue = settings
+        norm, _, eps, *epilogue = settings
         out, z, stats = torch.ops.fastnn.block_forward(
             input, weight, bias, gamma, beta, running_mean, running_var, num_batches_tracked, seed, *settings, True
         )
@@ -204,7 +202,8 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     elif ctx.norm == "running":
         running_var = stats[1].reciprocal().square() - ctx.eps
         batch_norm = reference.BatchNorm(stats[0], running_var, gamma, beta, training=False, eps=ctx.eps)
-    out = reference.block(input, weight, bias, batch_norm, *ctx.epilogue, seed)
+    activation, a, b, p = ctx.epilogue
+    out = reference.block(input, weight, bias, batch_norm, activation, a, b, p, seed)
     parameters = [input, weight, bias, gamma, beta]
     wanted = [i for i in range(5) if ctx.needs_input_grad[i]]
     found = torch.autograd.grad(out, [parameters[i] for i in wanted], grad, create_graph=True)

@@ -34,15 +34,13 @@ class BatchNorm(NamedTuple):
 
 def batch_norm(y: Tensor, norm: BatchNorm) -> Tensor:
     """What torch.nn.BatchNorm1d.forward computes; counts the batch last, so that a call that raises changes nothing."""
-    counts = norm.training and norm.num_batches_tracked is not None
+    counter = norm.num_batches_tracked if norm.training else None
     momentum = norm.momentum
     if momentum is None:
-        momentum = 1.0 / (float(norm.num_batches_tracked) + 1.0) if counts else 0.0
-    y = F.batch_norm(
-        y, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, momentum, norm.eps
-    )
-    if counts:
-        norm.num_batches_tracked.add_(1)
+        momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
+    y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, momentum, norm.eps)
+    if counter is not None:
+        counter.add_(1)
     return y
 
 

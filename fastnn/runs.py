@@ -13,7 +13,9 @@ NOWHERE, LINEAR, BATCH_NORM, ACTIVATION, DROPOUT = range(-1, 4)
 # Exact types only: a subclass may compute something else.
 _PLACES: dict[type, int] = {nn.Linear: LINEAR, nn.BatchNorm1d: BATCH_NORM, nn.Dropout: DROPOUT}
 _PLACES.update({row.module: ACTIVATION for row in ACTIVATIONS.values()})
-_ROWS = {row.module: [item for item in ACTIVATIONS.items() if item[1].module is row.module] for row in ACTIVATIONS.values()}
+_ROWS = {
+    row.module: [item for item in ACTIVATIONS.items() if item[1].module is row.module] for row in ACTIVATIONS.values()
+}
 
 Run = tuple[nn.Module, ...]
 
@@ -57,7 +59,7 @@ def _close(run: list[nn.Module], parts: list[Run | nn.Module]) -> None:
 
 def _activation(module: nn.Module | None) -> tuple[str, tuple[float, float]]:
     """Name and arguments of the row the module is; a GELU may be either of two."""
-    for name, row in _ROWS.get(type(module), ()):
+    for name, row in () if module is None else _ROWS[type(module)]:
         arguments = row.parameters(module)
         if arguments is not None:
             return name, arguments

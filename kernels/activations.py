@@ -11,6 +11,7 @@ the gate of a ReLU. No intermediate of a finite y overflows but where the result
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def _expm1_nonpositive(y):
     """exp(y) - 1 for y <= 0 without cancellation near 0: (w - 1)·y/log(w) at w = exp(y) (Kahan)."""

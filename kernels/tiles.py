@@ -47,7 +47,7 @@ def _warps(elements: int) -> int:
 
 
 def _widest_filling(N: int, itemsize: int, programs: int) -> int:
-    """The widest tile, between a sector and a line and no wider than N, that makes that many programs over N columns."""
+    """The widest tile, between a sector and a line and not beyond N, that makes so many programs over N columns."""
     narrow, cols = SECTOR_BYTES // itemsize, LINE_BYTES // itemsize
     while cols > narrow and (math.ceil(N / cols) < programs or cols >= 2 * N):
         cols //= 2

@@ -133,6 +133,8 @@ assert main() == 0
 
 
 def test_without_triton_everything_imports_and_runs_eagerly():
-    done = subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "Triton not installed" in done.stdout

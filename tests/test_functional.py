@@ -1,4 +1,4 @@
-"""The functional: errors that leave everything as it was, input layouts, partial gradients, autocast, double backward."""
+"""The functional: errors that change nothing, input layouts, partial gradients, autocast, double backward."""
 
 import pytest
 import torch
@@ -38,7 +38,11 @@ WRONG = {
     "features": ({"input": torch.randn(8, 4)}, RuntimeError, r"input must be \(\*, K\) = \(\*, 5\), got \(8, 4\)"),
     "weight 3-D": ({"weight": torch.randn(2, 3, 5)}, RuntimeError, r"weight must be 2-D \(N, K\), got \(2, 3, 5\)"),
     "bias": ({"bias": torch.randn(5)}, RuntimeError, r"bias must be \(N,\) = \(6,\), got \(5,\)"),
-    "dtype": ({"input": torch.randn(8, 5).half()}, RuntimeError, "weight must have .* torch.float16, got torch.float32"),
+    "dtype": (
+        {"input": torch.randn(8, 5).half()},
+        RuntimeError,
+        "weight must have .* torch.float16, got torch.float32",
+    ),
     "bias dtype": ({"bias": torch.randn(6).half()}, RuntimeError, "bias must have .* torch.float32, got torch.float16"),
     "integers": ({"input": torch.ones(8, 5, dtype=torch.int64)}, RuntimeError, "floating-point dtype, got torch.int64"),
     "scalar": ({"input": torch.tensor(1.0)}, RuntimeError, "at least one dimension, got a scalar"),
@@ -48,7 +52,11 @@ WRONG = {
     "one row": ({"input": torch.randn(1, 5)}, ValueError, r"more than 1 value per channel .* got input size \(1, 6\)"),
     "3-D": ({"input": torch.randn(2, 8, 5)}, ValueError, "input must be 2-D .* got 3-D"),
     "activation": ({"activation": "rleu"}, ValueError, "activation must be one of identity, relu, .* got 'rleu'"),
-    "gamma": ({"norm": {"weight": torch.ones(5)}}, RuntimeError, r"batch_norm.weight must be \(N,\) = \(6,\), got \(5,\)"),
+    "gamma": (
+        {"norm": {"weight": torch.ones(5)}},
+        RuntimeError,
+        r"batch_norm.weight must be \(N,\) = \(6,\), got \(5,\)",
+    ),
     "mean": ({"norm": {"running_mean": torch.ones(7)}}, RuntimeError, r"batch_norm.running_mean must be .* got \(7,\)"),
     "no statistics": (
         {"norm": {"running_mean": None, "running_var": None, "training": False}},
@@ -198,7 +206,9 @@ def test_double_backward_equals_eager_in_float64(training, p, monkeypatch):
     found = []
     for dtype in (torch.float32, torch.float64):
         x, weight, gamma, beta = leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in tensors]
-        norm = BatchNorm(torch.zeros(6, dtype=dtype), torch.full((6,), 2.0, dtype=dtype), gamma, beta, training=training)
+        norm = BatchNorm(
+            torch.zeros(6, dtype=dtype), torch.full((6,), 2.0, dtype=dtype), gamma, beta, training=training
+        )
         if dtype == torch.float32:
             out = linear_batch_norm_act_dropout(x, weight, batch_norm=norm, activation="tanh", p=p)
         else:

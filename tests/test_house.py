@@ -35,7 +35,9 @@ def part_of(path: Path) -> str:
 
 def imported_parts(path: Path) -> set[str]:
     """Parts of the package a file imports, from its relative and absolute imports."""
-    package = ["fastnn", *path.relative_to(ROOT / "fastnn").parts[:-1]] if "fastnn" in path.parts else ["fastnn", "kernels"]
+    package = (
+        ["fastnn", *path.relative_to(ROOT / "fastnn").parts[:-1]] if "fastnn" in path.parts else ["fastnn", "kernels"]
+    )
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):

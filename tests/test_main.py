@@ -14,7 +14,9 @@ from fastnn.kernels import launch
 def test_command_checks_every_kernel_and_exits_0():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
-    done = subprocess.run([sys.executable, "-m", "fastnn"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastnn"], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"torch {torch.__version__}, Triton " in done.stdout
     assert done.stdout.count("  ok\n") == len(command.CHECKS) * len(dispatch.KERNEL_DTYPES)

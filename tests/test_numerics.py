@@ -136,9 +136,7 @@ def test_a_one_pass_variance_is_caught() -> None:
 
     axes = {"x": "MN", "out": "MN"}
     judge(two_passes, batch_norm, far, axes)
-    with pytest.raises(
-        AssertionError, match=r"^out, draw 0: error .* \(ratio \d\.?\d*e\+05 to eager's error\)"
-    ):
+    with pytest.raises(AssertionError, match=r"^out, draw 0: error .* \(ratio \d\.?\d*e\+05 to eager's error\)"):
         judge(one_pass, batch_norm, far, axes)
 
 
@@ -262,9 +260,7 @@ def test_outputs_that_are_not_floating_must_be_equal() -> None:
     axes = {"x": "MK", "positive": "MK"}
     judge_once(sign, sign, {"x": inputs()["x"]}, axes)
     with pytest.raises(AssertionError, match=r"^positive, .* torch\.bool values differ"):
-        judge_once(
-            changed(sign, put(not inputs()["x"][5, 7] > 0), "positive"), sign, {"x": inputs()["x"]}, axes
-        )
+        judge_once(changed(sign, put(not inputs()["x"][5, 7] > 0), "positive"), sign, {"x": inputs()["x"]}, axes)
 
 
 def test_a_constant_column_needs_a_floor() -> None:

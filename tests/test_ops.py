@@ -116,7 +116,7 @@ def test_manual_seed_reproduces_and_forking_restores():
 @pytest.mark.parametrize("preserve", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_recomputes_with_a_consistent_mask(preserve, reentrant):
-    """d out / d x of ReLU + dropout at positive x is the mask itself: what the forward showed or, drawn anew, its own."""
+    """d out / d x of ReLU + dropout at positive x is the mask: what the forward showed or, drawn anew, its own."""
     layer = two_layers()[0]
     x = torch.ones(32, 32, requires_grad=True)
     out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant, preserve_rng_state=preserve)

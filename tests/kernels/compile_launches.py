@@ -9,6 +9,7 @@ import json
 import sys
 
 import torch
+from support.ahead_of_time import MULTIPROCESSORS, resources, stand_in_driver
 
 from fastnn.kernels import tiles
 from fastnn.kernels.launch import (
@@ -21,7 +22,6 @@ from fastnn.kernels.launch import (
     forward_linear,
     forward_split,
 )
-from support.ahead_of_time import MULTIPROCESSORS, resources, stand_in_driver
 
 # (M, N): a column in registers, small and at its limit; streamed; rows that no 16-byte access fits.
 COLUMNS_SHAPES = ((64, 100), (1024, 1024), (10_000, 4096), (1024, 501))

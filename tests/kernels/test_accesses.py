@@ -94,7 +94,10 @@ def test_of_activation_size_only_z_is_saved(plan):
     """No mask, no normalised copy, no gate."""
     block = Block(100, K, 24, p=0.5)
     saved = []
-    with dispatch.forced_plan(plan), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with (
+        dispatch.forced_plan(plan),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
         block.ours(block.draw(torch.Generator().manual_seed(0)))
     assert [t.shape for t in saved if t.numel() >= 100 * 24] == [(100, 24)]
     others = sum(t.numel() * t.element_size() for t in saved if t.numel() < 100 * 24)

@@ -34,7 +34,10 @@ def test_special_values_stand_where_torch_has_them(name, device):
     """
     huge = 1e12 if name == "gelu_tanh" else 3e38
     values = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), huge, -huge, 1e-38, -1e-38, 88.8])
-    inputs = {"x": values.repeat(4, 1), "g": torch.tensor([1.0, 0.0, float("nan"), float("inf")])[:, None].expand(4, 10)}
+    inputs = {
+        "x": values.repeat(4, 1),
+        "g": torch.tensor([1.0, 0.0, float("nan"), float("inf")])[:, None].expand(4, 10),
+    }
     problem = block(name, 1.0, device)
     ours = problem.ours({key: tensor.to(device, copy=True) for key, tensor in inputs.items()})
     exact = problem.eager({key: tensor.double() for key, tensor in inputs.items()})

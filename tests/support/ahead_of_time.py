@@ -107,9 +107,7 @@ class _StandInDriver:
         def load(kernel: CompiledKernel) -> None:
             arch = kernel.metadata.target.arch
             if arch != self.capability:
-                raise RuntimeError(
-                    f"{kernel.name}, kept from sm_{arch}, was launched on sm_{self.capability}"
-                )
+                raise RuntimeError(f"{kernel.name}, kept from sm_{arch}, was launched on sm_{self.capability}")
             init_handles(kernel)
             self.loaded[kernel.function] = kernel
 
@@ -159,9 +157,7 @@ def resources(compiled: CompiledKernel) -> Resources:
     usage = [tuple(map(int, numbers)) for numbers in USAGE.findall(dump)]
     code = [instruction for instruction in INSTRUCTION.findall(dump) if instruction != "NOP"]
     if not usage or not code:
-        raise RuntimeError(
-            f"cuobjdump does not know the code of {compiled.name} for {compiled.metadata.target}"
-        )
+        raise RuntimeError(f"cuobjdump does not know the code of {compiled.name} for {compiled.metadata.target}")
     opcodes = Counter(instruction.split(".")[0] for instruction in code)
     return Resources(
         registers=max(registers for registers, _, _ in usage),

@@ -104,7 +104,7 @@ class Block:
         y = F.linear(leaves["x"], leaves["weight"], leaves.get("bias")) if self.linear else leaves["x"]
         norm = self.batch_norm(inputs)
         if norm is not None:
-            y = F.batch_norm(y, *norm[:4], norm.training, norm.momentum, norm.eps)
+            y = F.batch_norm(y, *norm[:4], norm.training, eps=norm.eps)
         out = ACTIVATIONS[self.activation].function(y, *self.arguments)
         if self.p > 0:
             wide = torch.promote_types(out.dtype, torch.float32)
