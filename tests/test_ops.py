@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from support.blocks import KEY, Block
 
 import fastnn

@@ -12,21 +12,11 @@ KERNELS = {
 }  # fmt: skip
 
 
-# One worker compiles for one architecture: a minute each, which two workers need not spend twice.
-CAPABILITIES = [pytest.param(sm, marks=pytest.mark.xdist_group(f"sm_{sm}")) for sm in (80, 90, 100)]
-
-
-@pytest.fixture(scope="module", params=CAPABILITIES)
-def compiled(request) -> tuple[int, list[dict]]:
-    return request.param, without_interpreter(SCRIPT, str(request.param))
-
-
 def name_of(row: dict) -> str:
     return f"{row['kernel']} {row['shape']} {row['dtype']}"
 
 
-def test_every_kernel_compiles_without_spill_within_shared_memory(compiled):
-    capability, rows = compiled
+def check_registers_and_shared_memory(capability: int, rows: list[dict]) -> None:
     assert {row["kernel"] for row in rows} == KERNELS
     assert not [name_of(row) for row in rows if row["stack"]]
     assert not [name_of(row) for row in rows if row["shared"] > SHARED_PER_BLOCK[capability]]
@@ -34,9 +24,8 @@ def test_every_kernel_compiles_without_spill_within_shared_memory(compiled):
     assert max(row["shared"] for row in rows) <= SHARED_PER_BLOCK[86]
 
 
-def test_accesses_are_as_wide_as_the_rows_allow(compiled):
+def check_accesses_are_as_wide_as_the_rows_allow(rows: list[dict]) -> None:
     """Rows of 16-byte multiples: activations move in 16-byte accesses, and what is narrower is per column."""
-    _, rows = compiled
     for row in rows:
         itemsize = 4 if "float32" in row["dtype"] else 2
         N = row["shape"][1]
@@ -49,8 +38,7 @@ def test_accesses_are_as_wide_as_the_rows_allow(compiled):
             assert row["stores"].get("128", 0) >= 4, name_of(row)
 
 
-def test_products_use_tensor_cores_and_wide_copies(compiled):
-    _, rows = compiled
+def check_products_use_tensor_cores_and_wide_copies(rows: list[dict]) -> None:
     for row in rows:
         if row["kernel"] != "linear_forward_kernel":
             continue
@@ -61,9 +49,18 @@ def test_products_use_tensor_cores_and_wide_copies(compiled):
             assert set(row["async_copies"]) == {"128"}, name_of(row)
 
 
-def test_dropout_costs_few_instructions(compiled):
+def check_dropout_costs_few_instructions(rows: list[dict]) -> None:
     """About 11 a element with the generator: a draw per element, instead of eight a call, would cost 20."""
-    _, rows = compiled
     (row,) = (r for r in rows if r["kernel"] == "columns_forward_kernel" and r["shape"] == [1024, 1024]
               and r["dtype"] == "torch.bfloat16")  # fmt: skip
     assert row["instructions"] < 60 * 32  # 32 elements a thread: load, statistics, apply and dropout together
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_every_launch_compiles_without_spill_and_with_wide_accesses(capability):
+    """One test for an architecture, as compiling for one takes the better part of a minute."""
+    rows = without_interpreter(SCRIPT, str(capability))
+    check_registers_and_shared_memory(capability, rows)
+    check_accesses_are_as_wide_as_the_rows_allow(rows)
+    check_products_use_tensor_cores_and_wide_copies(rows)
+    check_dropout_costs_few_instructions(rows)
