@@ -79,6 +79,7 @@ def test_files_and_kernels_stay_small():
                 assert node.end_lineno - node.lineno < 60, f"{path.name}:{node.name}"
 
 
+@pytest.mark.skipif(not (ROOT / "kernels").exists(), reason="an sdist holds the kernels inside the package")
 def test_kernels_are_reached_through_the_package_alone():
     link = ROOT / "fastnn" / "kernels"
     assert link.is_symlink()

@@ -11,6 +11,7 @@ import sys
 import torch
 from support.ahead_of_time import MULTIPROCESSORS, resources, stand_in_driver
 
+from fastnn.activations import ACTIVATIONS
 from fastnn.kernels import tiles
 from fastnn.kernels.launch import (
     Epilogue,
@@ -74,6 +75,22 @@ def launch_linear(M: int, N: int, K: int, dtype: torch.dtype, multiprocessors: i
         forward_linear(x, weight, None, norm_of("running", N), relu, folded, precision, False)
 
 
+class SeedOnDevice(Epilogue):
+    """Its seed is read from device memory, as under graph capture."""
+
+    def seed_arguments(self) -> tuple[torch.Tensor | None, int]:
+        return self.seed, 0
+
+
+def launch_every_activation(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> None:
+    z = torch.empty((M, N), dtype=dtype)
+    shape = tiles.columns_tiles(M, N, z.element_size(), multiprocessors)
+    for name in ACTIVATIONS:
+        epilogue = SeedOnDevice(name, p=0.5, seed=torch.zeros((), dtype=torch.int64))
+        forward_apply(z, Norm("none"), epilogue, shape)
+        backward_columns(z, z, None, Norm("none"), epilogue, None, shape)
+
+
 CASES = [
     *((launch_columns, shape) for shape in COLUMNS_SHAPES),
     *((launch_split, shape) for shape in SPLIT_SHAPES),
@@ -85,7 +102,8 @@ def main(capability: int) -> None:
     rows, seen = [], set()
     with stand_in_driver(capability) as launches:
         for dtype in (torch.float32, torch.bfloat16):
-            for launch, shape in CASES:
+            extra = [(launch_every_activation, (64, 64))] if capability == 90 and dtype == torch.float32 else []
+            for launch, shape in CASES + extra:
                 launch(*shape, dtype, MULTIPROCESSORS[capability])
                 for one in launches:
                     if id(one.compiled) in seen:
