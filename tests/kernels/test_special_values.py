@@ -68,7 +68,7 @@ def test_magnitudes(spread, plan, device):
 def test_nan_and_inf_stay_in_their_columns(place, value, plan, device):
     block = batch_norm_only(torch.float32, device, p=0.5)
     inputs = block.draw(torch.Generator().manual_seed(0))
-    inputs[place][..., 5] = torch.where(torch.rand(inputs[place][..., 5].shape) < 0.3, value, inputs[place][..., 5])
+    inputs[place][..., 5] = torch.where(torch.rand_like(inputs[place][..., 5]) < 0.3, value, inputs[place][..., 5])
     inputs[place].view(-1)[5] = value
     with dispatch.forced_plan(plan):
         ours = block.ours({name: tensor.clone() for name, tensor in inputs.items()})

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from support.interpreter import count_accesses
+from support.numerics import judge
 from torch import nn
 
 import fastnn
@@ -83,6 +84,50 @@ def test_mixed_modes_of_children():
     only_dropout = fastnn.nn.Sequential(nn.ReLU(), nn.Dropout(0.5)).eval()
     only_dropout[1].train()
     assert (only_dropout(torch.ones(32, 32)) == 0).any()
+
+
+AXES = {
+    "x": "MK", "0.weight": "NK", "0.bias": "N", "1.weight": "N", "1.bias": "N", "4.weight": "ON", "4.bias": "O",
+    "1.running_mean": "N", "1.running_var": "N",
+}  # fmt: skip
+MODULE_AXES = {"d" + name: letters for name, letters in AXES.items() if "running" not in name and name != "0.bias"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", [nn.GELU, nn.Tanh])
+def test_module_is_as_accurate_as_torchs(activation, dtype):
+    """By the rule of support.numerics, on stored weights; smooth, as one flipped gate outweighs the rest."""
+
+    def step(sequential):
+        def run(inputs):
+            kind = inputs["x"].dtype
+            modules = [nn.Linear(6, 8), nn.BatchNorm1d(8), activation(), nn.Dropout(0.0), nn.Linear(8, 3)]
+            model = sequential(*modules).to(kind)
+            model.load_state_dict({name: inputs[name] for name in AXES if name != "x"}, strict=False)
+            leaf = inputs["x"].requires_grad_()
+            out = model(leaf)
+            out.backward(inputs["g"])
+            gradients = {f"d{name}": parameter.grad for name, parameter in model.named_parameters() if name != "0.bias"}
+            buffers = {name: buffer for name, buffer in model.named_buffers() if "running" in name}
+            return {"out": out.detach(), "dx": leaf.grad, **gradients, **buffers}
+
+        return run
+
+    def draw(generator):
+        def normal(*shape):
+            return torch.randn(shape, generator=generator)
+
+        drawn = {"x": normal(40, 6), "g": normal(40, 3), "0.weight": normal(8, 6) / 2.5, "0.bias": normal(8)}
+        drawn |= {
+            "1.weight": 1 + normal(8) / 4,
+            "1.bias": normal(8) / 2,
+            "4.weight": normal(3, 8) / 3,
+            "4.bias": normal(3),
+        }
+        drawn |= {"1.running_mean": normal(8), "1.running_var": normal(8).exp()}
+        return {name: tensor.to(dtype) for name, tensor in drawn.items()}
+
+    judge(step(fastnn.nn.Sequential), step(nn.Sequential), draw, AXES | MODULE_AXES | {"g": "MO", "out": "MO"})
 
 
 def test_one_row_in_eval_and_the_error_in_training():

@@ -12,7 +12,9 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
+import triton
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, interpreter_builder
 
 # Loads and stores without a mask, by block pointer or by descriptor all end in the masked ones.
@@ -73,6 +75,7 @@ class Accesses:
 @contextmanager
 def count_accesses(tensors: dict[str, torch.Tensor] | None = None) -> Iterator[Accesses]:
     """Counts the bytes that every launch in the block reads and writes. Atomics do both."""
+    _need_interpreter()
     recorder = _Recorder(tensors or {})
     launch = patch.object(GridExecutor, "__call__", recorder.launch(GridExecutor.__call__))
     accesses: dict[str, Any] = {name: recorder.access(name) for name in READS + WRITES}
@@ -83,6 +86,7 @@ def count_accesses(tensors: dict[str, torch.Tensor] | None = None) -> Iterator[A
 @contextmanager
 def shuffled_grid(seed: int) -> Iterator[None]:
     """Runs the programs of every launch once each, in a random order that is never the ordinary one."""
+    _need_interpreter()
     random = np.random.default_rng(seed)
     set_dim, set_idx = InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx
     order: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -100,6 +104,11 @@ def shuffled_grid(seed: int) -> Iterator[None]:
 
     with patch.multiple(InterpreterBuilder, set_grid_dim=shuffle, set_grid_idx=replace):
         yield
+
+
+def _need_interpreter() -> None:
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("programs and their accesses are seen in Triton's interpreter only")
 
 
 class _Recorder:
