@@ -21,7 +21,16 @@ INTERPRETED = HAS_KERNELS and bool(getattr(_INTERPRETED, "value", _INTERPRETED))
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MINIMUM_CAPABILITY = (8, 0)  # bf16 and tf32 tensor cores, 163 KiB of shared memory
 MAX_FEATURES = 1 << 20  # a tile's offsets are 32-bit: rows of a tile (<= 1024) times features < 2^31
-INTERPRETED_MULTIPROCESSORS = 132  # the interpreter takes an H100's tile shapes
+
+
+class Machine(NamedTuple):
+    """What the plans depend on; l2_bytes is the size of the L2 cache."""
+
+    multiprocessors: int
+    l2_bytes: int
+
+
+H100 = Machine(132, 50 << 20)  # whose plans and tiles the interpreter takes
 
 
 class Path(NamedTuple):
@@ -35,10 +44,8 @@ class Path(NamedTuple):
         return self.name == "eager"
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
-def _cuda_reason(index: int) -> str:
-    """Why the kernels do not run on that CUDA device; empty if they do."""
+def _find_cuda_reason(index: int) -> str:
     if torch.version.hip is not None:
         return "ROCm is untested"
     capability = torch.cuda.get_device_capability(index)
@@ -47,11 +54,18 @@ def _cuda_reason(index: int) -> str:
     return ""
 
 
+@torch.compiler.assume_constant_result
+def _cuda_reason(index: int) -> str:
+    """Why the kernels do not run on that CUDA device; empty if they do. Apart from the cache, which Dynamo warns of."""
+    return _find_cuda_reason(index)
+
+
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
+def machine(device: torch.device) -> Machine:
     if device.type != "cuda":
-        return INTERPRETED_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return H100
+    properties = torch.cuda.get_device_properties(device)
+    return Machine(properties.multi_processor_count, properties.L2_cache_size)
 
 
 def device_path(device: torch.device) -> Path:
@@ -123,22 +137,24 @@ def _pick(*candidates: str) -> str:
 
 
 def statistics_plan(M: int, N: int, itemsize: int, device: torch.device) -> str:
-    """ "columns" or "split".
+    """The plan of kernels that need sums over rows: "columns" or "split".
 
-    Split moves 5/3 of the bytes (forward 4 accesses after the GEMM's for 3, backward 5 for 3) and launches twice, but
-    columns leaves a multiprocessor idle for each it has more than sectors in a row. One multiprocessor can draw about
-    three times its share of the bandwidth, so columns wins down to a third of the machine, and always where the column
-    stays in registers.
+    Columns moves 3/5 of split's bytes in the backward (2/3 in the forward) with half its launches:
+    - always where the column stays in registers;
+    - else if its second pass finds in L2 what its first has read: the g and z of all programs that run at once;
+    - and if at least a third of the multiprocessors have a program, as one can draw about three times its share of
+      the bandwidth.
     """
-    sectors = math.ceil(N * itemsize / tiles.SECTOR_BYTES)
-    in_registers = M <= tiles.REGISTER_TILE // 8
-    if in_registers or 3 * sectors >= multiprocessors(device):
+    shape, here = tiles.columns_tiles(M, N, itemsize, machine(device).multiprocessors), machine(device)
+    programs = math.ceil(N / shape.cols)
+    reread = 2 * min(programs, here.multiprocessors) * M * shape.cols * itemsize
+    if shape.one_tile or (3 * programs >= here.multiprocessors and reread <= here.l2_bytes):
         return _pick("columns", "split")
     return _pick("split", "columns")
 
 
 def linear_plan(M: int, N: int, K: int, dtype: torch.dtype) -> str:
-    """ "epilogue" (our GEMM) or "apply" (the library's, then one elementwise kernel).
+    """The plan of a Linear whose output needs no sums: "epilogue" (our GEMM) or "apply" (the library's, then a pass).
 
     Our fp32 GEMM without TF32 has no tensor cores and no tuning: it serves where launches cost more than arithmetic.
     """
@@ -148,7 +164,7 @@ def linear_plan(M: int, N: int, K: int, dtype: torch.dtype) -> str:
 
 
 def fp32_precision() -> str:
-    """ "tf32" or "ieee", as torch's settings ask of float32 matrix products on CUDA."""
+    """What torch's settings ask of float32 matrix products on CUDA: "tf32" or "ieee"."""
     for setting in (torch.backends.cuda.matmul, torch.backends):
         if setting.fp32_precision != "none":
             return "tf32" if setting.fp32_precision == "tf32" else "ieee"

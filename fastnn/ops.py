@@ -72,7 +72,7 @@ def _library_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 def _tiles(plan: str, z: Tensor) -> Any:
     rule = tiles.columns_tiles if plan == "columns" else tiles.split_tiles
-    return rule(z.shape[0], z.shape[1], z.element_size(), dispatch.multiprocessors(z.device))
+    return rule(z.shape[0], z.shape[1], z.element_size(), dispatch.machine(z.device).multiprocessors)
 
 
 def _forward_by_plan(
@@ -83,7 +83,7 @@ def _forward_by_plan(
         (M, K), N = input.shape, weight.shape[0]
         if dispatch.linear_plan(M, N, K, input.dtype) == "epilogue":
             shape = tiles.linear_tiles(
-                M, N, input.element_size(), norm.mode == "running", dispatch.multiprocessors(input.device)
+                M, N, input.element_size(), norm.mode == "running", dispatch.machine(input.device).multiprocessors
             )
             precision = dispatch.fp32_precision() if input.dtype == torch.float32 else "ieee"
             out, z = launch.forward_linear(

@@ -57,7 +57,7 @@ def test_served_dtypes_take_the_interpreter_here():
 
 
 def test_old_gpus_and_rocm_run_eagerly(monkeypatch):
-    reason = dispatch._cuda_reason.__wrapped__
+    reason = dispatch._find_cuda_reason.__wrapped__
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     assert reason(0) == "compute capability 7.5 is below 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
@@ -66,16 +66,28 @@ def test_old_gpus_and_rocm_run_eagerly(monkeypatch):
     assert "ROCm" in reason(0)
 
 
-# (M, N, bytes of an element, plan on 132 multiprocessors): the published shapes the rule was derived for.
+@pytest.mark.real_empty
+def test_the_cuda_path_is_found_while_dynamo_traces(monkeypatch):
+    monkeypatch.setattr(dispatch, "_find_cuda_reason", lambda index: "")
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+
+    def shifted(x):
+        return x + (1 if dispatch._cuda_reason(0) == "" else -1)
+
+    assert torch.compile(shifted, backend="eager", fullgraph=True)(torch.zeros(1)).item() == 1
+
+
+# (M, N, bytes of an element, plan on an H100): published shapes.
 PLANS = [
     (64, 100, 4, "columns"),  # a column in registers, however few columns
     (1024, 501, 4, "columns"),
     (512, 2048, 2, "columns"),
     (2048, 8192, 2, "columns"),
-    (10_000, 500, 4, "columns"),  # 63 sectors a row: half the machine draws more than its share
-    (380_000, 512, 4, "columns"),
-    (380_000, 512, 2, "split"),  # 32 sectors
-    (80_000, 128, 4, "split"),
+    (10_000, 500, 4, "columns"),  # 63 programs: half the machine draws more than its share, 40 MB reread
+    (20_000, 500, 4, "split"),  # 80 MB: past the 50 of L2
+    (380_000, 512, 4, "split"),
+    (80_000, 1024, 2, "split"),
+    (5000, 100, 4, "split"),  # 13 programs
     (5000, 8, 4, "split"),
 ]
 
