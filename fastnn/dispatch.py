@@ -100,7 +100,9 @@ def path(input: Tensor, dtype: torch.dtype, features: int, tensors: tuple[Tensor
         return found
     if dtype not in KERNEL_DTYPES:
         return Path("eager", f"no kernels for {dtype}")
-    if input.numel() == 0:
+    if input.layout is not torch.strided:
+        return Path("eager", f"no kernels for {input.layout}")
+    if input.numel() == 0 or features == 0:
         return Path("eager", "empty input")
     if features > MAX_FEATURES or input.numel() // input.shape[-1] >= 1 << 31:
         return Path("eager", f"more than {MAX_FEATURES} features or 2^31 rows")
@@ -111,8 +113,10 @@ def path(input: Tensor, dtype: torch.dtype, features: int, tensors: tuple[Tensor
             return Path("eager", f"tensor subclass {type(tensor).__name__}")
         if tensor.device != input.device:
             return Path("eager", "tensors on different devices")
-        if tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES:
+        if tensor.dtype not in KERNEL_DTYPES:
             return Path("eager", f"no kernels for {tensor.dtype} parameters")
+        if tensor.layout is not torch.strided or (tensor.dim() == 1 and not tensor.is_contiguous()):
+            return Path("eager", "sparse or strided parameters")
     reason = _transform_reason()
     return Path("eager", reason) if reason else found
 

@@ -49,7 +49,7 @@ def linear_batch_norm_act_dropout(
     p = float(p) if training else 0.0
     dtype = _computation_dtype(input, weight)
     path = dispatch.path(input, dtype, *_features_and_tensors(input, weight, bias, batch_norm))
-    if path.eager or (activation == "softplus" and dtype != input.dtype):  # autocast runs softplus in fp32
+    if path.eager or (activation == "softplus" and _autocast_is_on(input)):  # autocast runs it in fp32 on CUDA
         return reference.block(input, weight, bias, batch_norm, activation, *activation_args, p)
     if weight is not None:
         input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -61,18 +61,21 @@ def linear_batch_norm_act_dropout(
 
 def _computation_dtype(input: Tensor, weight: Tensor | None) -> torch.dtype:
     """The input's dtype, or autocast's where there is a Linear for autocast to cast."""
-    device_type = input.device.type
-    if weight is None or device_type not in ("cuda", "cpu") or not torch.is_autocast_enabled(device_type):
+    if weight is None or not _autocast_is_on(input):
         return input.dtype
     if input.dtype == torch.float64 or weight.dtype == torch.float64:
         return torch.float64  # autocast leaves it alone, and no kernel serves it
-    return torch.get_autocast_dtype(device_type)
+    return torch.get_autocast_dtype(input.device.type)
+
+
+def _autocast_is_on(input: Tensor) -> bool:
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type)
 
 
 def _features_and_tensors(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, norm: BatchNorm | None
 ) -> tuple[int, tuple[Tensor | None, ...]]:
-    features = input.shape[-1] if weight is None else max(weight.shape)
+    features = input.shape[-1] if weight is None else max(weight.shape) * (0 not in weight.shape)
     if norm is None:
         return features, (weight, bias)
     return features, (weight, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
@@ -86,7 +89,8 @@ def _check(
         raise ValueError(f"dropout probability p must be between 0 and 1, got {p}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if not (input.is_floating_point() or input.is_complex()):
+    computes = weight is not None or norm is not None
+    if computes and not (input.is_floating_point() or input.is_complex()):
         raise RuntimeError(f"input must have a floating-point dtype, got {input.dtype}")
     if input.dim() == 0:
         raise RuntimeError("input must have at least one dimension, got a scalar")
@@ -94,7 +98,7 @@ def _check(
     if weight is not None:
         features = _check_linear(input, weight, bias)
     if norm is not None:
-        _check_batch_norm(input, features, norm)
+        _check_batch_norm(input, _computation_dtype(input, weight), features, norm)
 
 
 def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> int:
@@ -106,18 +110,14 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> int:
         raise RuntimeError(f"input must be (*, K) = (*, {K}), got {tuple(input.shape)}")
     if bias is not None and bias.shape != (N,):
         raise RuntimeError(f"bias must be (N,) = ({N},), got {tuple(bias.shape)}")
-    if not _computation_is_cast(input):
+    if not _autocast_is_on(input):
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.dtype != input.dtype:
                 raise RuntimeError(f"{name} must have the input's dtype {input.dtype}, got {tensor.dtype}")
     return N
 
 
-def _computation_is_cast(input: Tensor) -> bool:
-    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type)
-
-
-def _check_batch_norm(input: Tensor, features: int, norm: BatchNorm) -> None:
+def _check_batch_norm(input: Tensor, dtype: torch.dtype, features: int, norm: BatchNorm) -> None:
     if input.dim() != 2:
         raise ValueError(f"input must be 2-D (M, K) before BatchNorm, got {input.dim()}-D {tuple(input.shape)}")
     if norm.training and input.shape[0] == 1:
@@ -126,8 +126,18 @@ def _check_batch_norm(input: Tensor, features: int, norm: BatchNorm) -> None:
             "batch statistics need two rows or more; call eval() for a single one"
         )
     if not norm.training and (norm.running_mean is None or norm.running_var is None):
-        raise ValueError("running_mean and running_var must be given where training is False, got None")
-    for name in ("running_mean", "running_var", "weight", "bias"):
+        raise RuntimeError("running_mean and running_var must be given where training is False, got None")
+    if (norm.running_mean is None) != (norm.running_var is None):
+        raise ValueError("running_mean and running_var must be given both or neither, got one")
+    if norm.training and norm.eps <= 0:
+        raise ValueError(f"batch_norm.eps must be positive when training, got {norm.eps}")
+    names = ("running_mean", "running_var", "weight", "bias")
+    for name in names:
         tensor = getattr(norm, name)
         if tensor is not None and tensor.shape != (features,):
             raise RuntimeError(f"batch_norm.{name} must be (N,) = ({features},), got {tuple(tensor.shape)}")
+    if any(t is not None and t.requires_grad for t in (norm.running_mean, norm.running_var)):
+        raise RuntimeError("batch_norm.running_mean and running_var must not require a gradient, got one that does")
+    dtypes = {getattr(norm, name).dtype for name in names if getattr(norm, name) is not None}
+    if len(dtypes) > 1 or not dtypes <= {dtype, torch.float32}:
+        raise RuntimeError(f"batch_norm's tensors must all be of dtype {dtype} or all torch.float32, got {dtypes}")

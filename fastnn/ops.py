@@ -54,7 +54,7 @@ def dropout_seed(device: torch.device) -> Tensor:
         offset = generator.get_offset()
         generator.set_offset(offset + 4)
     key = _mix(_mix(generator.initial_seed() ^ _SEED_DOMAIN) + offset & _WORD64)
-    return torch.tensor(key >> 1, dtype=torch.int64)
+    return torch.tensor(key >> 1, dtype=torch.int64, device="cpu")
 
 
 def _device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -195,7 +195,11 @@ class Block(torch.autograd.Function):
 
 def _differentiable_backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     """The same gradients as a differentiable graph (create_graph=True), through the plain torch ops."""
-    input, weight, bias, gamma, beta, _, stats, seed = ctx.saved_tensors
+    *originals, _, stats, seed = ctx.saved_tensors
+    # Aliases: differentiating by the tensors themselves would walk through one's history into another (a layer used
+    # twice), and fire their hooks.
+    parameters: list[Any] = [None if t is None else t.view_as(t) for t in originals]
+    input, weight, bias, gamma, beta = parameters
     batch_norm = None
     if ctx.norm == "batch":
         batch_norm = reference.BatchNorm(weight=gamma, bias=beta, eps=ctx.eps)
@@ -204,7 +208,6 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         batch_norm = reference.BatchNorm(stats[0], running_var, gamma, beta, training=False, eps=ctx.eps)
     activation, a, b, p = ctx.epilogue
     out = reference.block(input, weight, bias, batch_norm, activation, a, b, p, seed)
-    parameters = [input, weight, bias, gamma, beta]
     wanted = [i for i in range(5) if ctx.needs_input_grad[i]]
     found = torch.autograd.grad(out, [parameters[i] for i in wanted], grad, create_graph=True)
     grads: list[Tensor | None] = [None] * 5

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import functional
@@ -11,13 +12,20 @@ from .reference import BatchNorm
 
 NOWHERE, LINEAR, BATCH_NORM, ACTIVATION, DROPOUT = range(-1, 4)
 # Exact types only: a subclass may compute something else.
-_PLACES: dict[type, int] = {nn.Linear: LINEAR, nn.BatchNorm1d: BATCH_NORM, nn.Dropout: DROPOUT}
+_PLACES: dict[Any, int] = {nn.Linear: LINEAR, nn.BatchNorm1d: BATCH_NORM, nn.Dropout: DROPOUT}
 _PLACES.update({row.module: ACTIVATION for row in ACTIVATIONS.values()})
 _ROWS = {
     row.module: [item for item in ACTIVATIONS.items() if item[1].module is row.module] for row in ACTIVATIONS.values()
 }
 
+_FORWARDS: list[tuple[Any, Any]] = [(module, module.forward) for module in _PLACES]
+
 Run = tuple[nn.Module, ...]
+
+
+def are_patched() -> bool:
+    """Whether someone replaced the forward of a class of layers, as instrumentation does."""
+    return any(module.forward is not forward for module, forward in _FORWARDS)  # a loop of 13 costs 0.5 µs
 
 
 def split(modules: Iterable[nn.Module]) -> list[Run | nn.Module]:
@@ -50,8 +58,8 @@ def split(modules: Iterable[nn.Module]) -> list[Run | nn.Module]:
 
 
 def _close(run: list[nn.Module], parts: list[Run | nn.Module]) -> None:
-    # A run that begins with an in-place activation changes its input, which the caller may look at.
-    if len(run) < 2 or (_PLACES[type(run[0])] == ACTIVATION and getattr(run[0], "inplace", False)):
+    # One that begins with an in-place activation changes its input, one with Identity may return it: the caller's.
+    if len(run) < 2 or type(run[0]) is nn.Identity or getattr(run[0], "inplace", False):
         parts.extend(run)
     else:
         parts.append(tuple(run))
@@ -80,9 +88,11 @@ def _batch_norm(module: nn.BatchNorm1d | None) -> BatchNorm | None:
 
 def fits(run: Run, input: object) -> bool:
     """Whether the run may be applied to what arrived; where not, its layers are called one by one."""
-    if not isinstance(input, Tensor):
+    if not isinstance(input, Tensor) or input.layout is not torch.strided or input.is_nested or input.dim() < 2:
         return False
-    return input.dim() == 2 or (input.dim() > 2 and not any(type(layer) is nn.BatchNorm1d for layer in run))
+    if _PLACES[type(run[0])] == ACTIVATION:
+        return input.is_contiguous()  # torch's elementwise layers keep the strides, ours write rows
+    return input.dim() == 2 or not any(type(layer) is nn.BatchNorm1d for layer in run)
 
 
 def apply(run: Run, input: Tensor) -> Tensor:

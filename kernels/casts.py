@@ -11,13 +11,13 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 def to_stored(x, dtype: tl.constexpr):
     """x (fp32) as dtype, rounded to nearest even on every backend.
 
-    The interpreter's own cast to bf16 truncates, which doubles the error; a GPU rounds.
+    The interpreter's own cast to bf16 truncates, which doubles the error, and garbles denormals; a GPU rounds.
     """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         nearest_even = bits + 0x7FFF + ((bits >> 16) & 1)
         bits = tl.where(x == x, nearest_even, 0x7FC00000)
-        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
 
 

@@ -11,22 +11,24 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "examples" / "digits.py"
+ROW = r"^(torch\.nn|fastnn\.nn) +([\d.]+)"  # of the table: implementation, test accuracy in per cent
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     command = [sys.executable, "-W", "error", str(DIGITS), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_digits_reaches_96_percent_with_both_and_draws_the_curves(tmp_path):
     figure = tmp_path / "digits.png"
     done = run("--figure", str(figure))
     assert done.returncode == 0, done.stderr
-    accuracies = dict(re.findall(r"^│ (torch\.nn|fastnn\.nn)\s+│\s+([\d.]+) │", done.stdout, re.MULTILINE))
+    accuracies = dict(re.findall(ROW, done.stdout, re.MULTILINE))
     assert accuracies.keys() == {"torch.nn", "fastnn.nn"}
     assert min(map(float, accuracies.values())) >= 96
+    assert figure.read_bytes().startswith(b"\x89PNG")
     pixels = matplotlib.image.imread(figure)
     assert pixels.shape[0] >= 600
     assert pixels.std() > 0.05  # curves, not a blank page
@@ -35,9 +37,9 @@ def test_digits_reaches_96_percent_with_both_and_draws_the_curves(tmp_path):
 def test_digits_on_the_cpu_is_torch_itself(tmp_path):
     """The eager path draws torch's own masks: equal loss to the last digit shown."""
     done = run("--device", "cpu", "--epochs", "3", "--hidden", "32", "16", "--figure", str(tmp_path / "digits.png"))
-    rows = re.findall(r"^│ \S+\s+│\s+([\d.]+) │\s+([\d.]+) │", done.stdout, re.MULTILINE)
+    rows = re.findall(rf"{ROW} +([\d.]+)", done.stdout, re.MULTILINE)
     assert len(rows) == 2
-    assert rows[0] == rows[1]
+    assert rows[0][1:] == rows[1][1:]
 
 
 @pytest.mark.parametrize(
@@ -51,4 +53,5 @@ def test_digits_refuses_a_wrong_argument_in_one_line(argument, value):
     done = run(argument, value)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert argument in done.stderr.splitlines()[-1]
+    (line,) = done.stderr.splitlines()
+    assert f"argument {argument}: " in line

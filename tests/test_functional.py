@@ -58,9 +58,17 @@ WRONG = {
         r"batch_norm.weight must be \(N,\) = \(6,\), got \(5,\)",
     ),
     "mean": ({"norm": {"running_mean": torch.ones(7)}}, RuntimeError, r"batch_norm.running_mean must be .* got \(7,\)"),
+    "one statistic": ({"norm": {"running_var": None}}, ValueError, "given both or neither"),
+    "eps": ({"norm": {"eps": 0.0}}, ValueError, "eps must be positive when training, got 0.0"),
+    "mixed dtypes": ({"norm": {"weight": torch.ones(6).half()}}, RuntimeError, "must all be of dtype torch.float32"),
+    "trained statistics": (
+        {"norm": {"running_mean": torch.zeros(6, requires_grad=True)}},
+        RuntimeError,
+        "must not require a gradient",
+    ),
     "no statistics": (
         {"norm": {"running_mean": None, "running_var": None, "training": False}},
-        ValueError,
+        RuntimeError,
         "running_mean and running_var must be given",
     ),
 }
@@ -73,7 +81,11 @@ def test_wrong_input_raises_torchs_type_and_changes_nothing(case):
         call(**dict(overrides))
 
 
-@pytest.mark.parametrize("kind", ["features", "dtype", "integers", "one row", "3-D", "gamma", "mean"])
+SAME_AS_TORCH = ["features", "dtype", "integers", "one row", "3-D", "gamma", "mean", "one statistic", "eps",
+                 "mixed dtypes", "trained statistics", "no statistics"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SAME_AS_TORCH)
 def test_torch_raises_the_same_type(kind):
     """What torch.nn.functional says of the same arguments."""
     overrides, exception, _ = WRONG[kind]
@@ -247,3 +259,44 @@ def test_function_transforms_take_the_eager_path():
     tangent = torch.randn_like(weight)
     mine, theirs = (torch.func.jvp(lambda w, f=f: f(x[0], w), (weight,), (tangent,)) for f in (fused, plain))
     torch.testing.assert_close(mine, theirs)
+
+
+def test_strided_vectors_are_read_and_written_where_they_are():
+    """Columns of a larger matrix as bias, gamma, beta and running statistics: their neighbours stay as they were."""
+    x, weight, store = torch.randn(9, 5), torch.randn(6, 5), torch.rand(6, 7)
+    before = store.clone()
+    bias, gamma, beta, mean, var = (store[:, i] for i in range(1, 6))
+    norm = BatchNorm(mean, var, gamma, beta)
+    out = linear_batch_norm_act_dropout(x, weight, bias, batch_norm=norm, activation="relu")
+    b, g, be, m, v = (before[:, i].clone() for i in range(1, 6))
+    expected = F.relu(F.batch_norm(F.linear(x, weight, b), m, v, g, be, training=True))
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(store[:, 4:6], torch.stack([m, v], 1))
+    assert torch.equal(store[:, [0, 1, 2, 3, 6]], before[:, [0, 1, 2, 3, 6]])
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_tied_layers_and_hooks_under_create_graph(graph):
+    """One Linear twice, and a hook that doubles: each is differentiated and fired once."""
+    linear = torch.nn.Linear(4, 4)
+    linear.bias.register_hook(lambda g: g * 2)
+    x = torch.randn(6, 4)
+
+    def fused(x):
+        return linear_batch_norm_act_dropout(x, linear.weight, linear.bias, activation="tanh")
+
+    def plain(x):
+        return linear(x).tanh()
+
+    parameters = list(linear.parameters())
+    mine, theirs = (torch.autograd.grad(f(f(x)).square().sum(), parameters, create_graph=graph) for f in (fused, plain))
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_what_the_kernels_do_not_serve_is_torchs():
+    """Integers through elementwise layers, sparse weights, empty features."""
+    integers = torch.tensor([[1, -2]])
+    assert torch.equal(linear_batch_norm_act_dropout(integers, activation="relu"), F.relu(integers))
+    x, sparse = torch.randn(3, 4), torch.eye(4).to_sparse()
+    torch.testing.assert_close(linear_batch_norm_act_dropout(x, sparse, activation="relu"), F.relu(x))
+    assert linear_batch_norm_act_dropout(x, torch.ones(0, 4), activation="relu").shape == (3, 0)

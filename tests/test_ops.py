@@ -67,6 +67,19 @@ def test_compiles_without_a_break_and_equals_eager(backend):
         torch.testing.assert_close(mine, theirs)
 
 
+def test_global_hook_is_obeyed_while_compiling():
+    model = mlp(p=0.0)
+    x = torch.randn(12, 7)
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, out: out * 2 if isinstance(module, torch.nn.Linear) else None
+    )
+    try:
+        compiled = torch.compile(lambda x: model(x), backend="eager")(x)
+        torch.testing.assert_close(compiled, model(x))
+    finally:
+        handle.remove()
+
+
 def test_batch_sizes_compile_at_most_twice():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model = torch.compile(mlp(), backend=counter, fullgraph=True)

@@ -197,3 +197,10 @@ def describe(launch: Launch) -> dict[str, Any]:
 if __name__ == "__main__":
     toys = {capability: compile_toys(capability) for capability in CAPABILITIES}
     print(json.dumps({capability: list(map(describe, launches)) for capability, launches in toys.items()}))
+
+
+def test_memory_is_poisoned():
+    """What the fixture of every test promises: nothing unwritten passes for a number."""
+    for tensor in (torch.empty(3), torch.empty_like(torch.ones(3)), torch.ones(1).new_empty(3)):
+        assert tensor.isnan().all()
+    assert torch.equal(torch.empty(2, dtype=torch.int64), torch.tensor([-1, -1]))

@@ -31,7 +31,7 @@ class Sequential(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor) or _is_observed():
             return super().forward(input)
-        for part in runs.split(self._modules.values()):
+        for part in runs.split(self):
             if not isinstance(part, tuple):
                 input = part(input)
             elif runs.fits(part, input):
@@ -53,7 +53,9 @@ class Sequential(nn.Sequential):
 
 
 def _is_observed() -> bool:
-    """Whether someone follows the single layers: a tracer, an exporter, or a hook on all modules."""
+    """Whether someone follows the single layers: a hook on all modules, a tracer, an exporter, a patched class."""
+    if _has_any_global_hook():
+        return True
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return _has_any_global_hook() or torch.jit.is_tracing()
+    return torch.jit.is_tracing() or runs.are_patched()

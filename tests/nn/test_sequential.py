@@ -229,6 +229,12 @@ def test_a_patched_forward_is_called():
     assert called == [(20, 8)]
 
 
+def test_a_patched_class_is_called(monkeypatch):
+    ours, _ = pair()
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x * 0)
+    assert torch.equal(ours[:4](torch.randn(20, 6)), torch.zeros(20, 8))
+
+
 def test_slices_and_indices():
     ours, _ = pair()
     assert type(ours[:4]) is fastnn.nn.Sequential
