@@ -47,7 +47,7 @@ CHECKS = (
 
 
 def describe_environment(device: torch.device) -> Iterator[str]:
-    triton_version = "not installed"
+    triton_version = "not usable"
     if dispatch.HAS_KERNELS:
         import triton
 
@@ -132,20 +132,24 @@ def check_kernels(device: torch.device) -> bool:
     return all_hold
 
 
+def self_check(device: torch.device) -> int:
+    """The exit status of the check in this process, which must have imported the kernels for that device."""
+    if dispatch.NO_KERNELS:
+        print(f"no kernel checked, every call runs torch's own ops: {dispatch.NO_KERNELS}")
+        return 0 if dispatch.NO_KERNELS == dispatch.NOT_INSTALLED else 1
+    return 0 if check_kernels(device) else 1
+
+
 def main() -> int:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu" and dispatch.HAS_KERNELS and not dispatch.INTERPRETED:
-        for line in describe_environment(device):
-            print(line, flush=True)
-        print("self-check in Triton's interpreter, which is chosen when the kernels are imported:", flush=True)
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        return subprocess.run([sys.executable, "-m", "fastnn"], env=environment, check=False).returncode
     for line in describe_environment(device):
-        print(line)
-    if not dispatch.HAS_KERNELS:
-        print("no kernel to check: every call runs torch's own ops")
-        return 0
-    return 0 if check_kernels(device) else 1
+        print(line, flush=True)
+    if device.type == "cuda" or dispatch.INTERPRETED or dispatch.NO_KERNELS:
+        return self_check(device)
+    print("self-check in Triton's interpreter, which is chosen when the kernels are imported:", flush=True)
+    code = "import sys, torch; from fastnn.__main__ import self_check; sys.exit(self_check(torch.device('cpu')))"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -9,14 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+NOT_INSTALLED = "Triton is not installed"
 try:
     from .kernels import launch, tiles
     from .kernels.casts import INTERPRETED as _INTERPRETED
-except ImportError:  # no Triton: macOS, Windows
+except ImportError as error:  # no Triton (macOS, Windows), or its interpreter asked for where there is no numpy
     launch = tiles = None  # type: ignore[assignment]
     _INTERPRETED = False
+    NO_KERNELS = NOT_INSTALLED if error.name == "triton" else f"Triton cannot be imported: {error}"
+else:
+    NO_KERNELS = ""
 
-HAS_KERNELS = launch is not None
+HAS_KERNELS = not NO_KERNELS
 INTERPRETED = HAS_KERNELS and bool(getattr(_INTERPRETED, "value", _INTERPRETED))
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MINIMUM_CAPABILITY = (8, 0)  # bf16 and tf32 tensor cores, 163 KiB of shared memory
@@ -71,7 +75,7 @@ def machine(device: torch.device) -> Machine:
 def device_path(device: torch.device) -> Path:
     """The path of plain tensors of a served dtype on that device."""
     if not HAS_KERNELS:
-        return Path("eager", "Triton is not installed")
+        return Path("eager", NO_KERNELS)
     if INTERPRETED:
         if device.type == "cpu":
             return Path("interpreter")

@@ -144,9 +144,19 @@ assert main() == 0
 """
 
 
+def test_interpreter_without_numpy_says_what_is_missing():
+    """Triton's interpreter is written in numpy, which neither Triton nor torch's wheels bring along."""
+    code = WITHOUT_TRITON.replace("triton", "numpy", 1).split("assert")[0] + "print(dispatch.NO_KERNELS)\n"
+    code += "from fastnn.__main__ import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout.startswith("Triton cannot be imported: ")
+    assert "numpy" in done.stdout
+
+
 def test_without_triton_everything_imports_and_runs_eagerly():
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "Triton not installed" in done.stdout
+    assert "Triton not usable" in done.stdout
