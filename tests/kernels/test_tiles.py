@@ -1,6 +1,9 @@
 """The tile rules: every row and column covered once, the machine filled, the limits they promise kept."""
 
 import pytest
+import torch
+import triton
+import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,3 +56,21 @@ def test_columns_narrow_until_the_machine_is_filled_but_never_below_a_sector():
 )
 def test_access_width_is_what_every_row_start_is_aligned_to(N, itemsize, width):
     assert tiles.access_width(N, itemsize) == width
+
+
+@triton.jit
+def offsets_kernel(out_ptr, row, end, N, col, ROWS: tl.constexpr, COLS: tl.constexpr):
+    first, within, mask = tiles.tile_offsets(row, end, N, col, True, ROWS, COLS)
+    at = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    tl.store(out_ptr + at, tl.where(mask, first + within, -1))
+
+
+def test_offsets_pass_2_to_the_31(device):
+    """Row 3,000,001 of 1000 columns begins 3·10^9 elements in: 32 bits would wrap to a negative address."""
+    row, N, col = 3_000_001, 1000, 992
+    out = torch.zeros(4, 16, dtype=torch.int64, device=device)
+    offsets_kernel[(1,)](out, row, row + 3, N, col, 4, 16, **tiles.LAUNCH_OPTIONS)
+    rows, cols = torch.meshgrid(torch.arange(4), torch.arange(16), indexing="ij")
+    expected = (row + rows) * N + col + cols
+    exists = (rows < 3) & (col + cols < N)
+    assert torch.equal(out.cpu(), torch.where(exists, expected, -1))
