@@ -147,7 +147,8 @@ def test_expanded_gradient(plan):
         judge_once(expanded(block.ours), block.eager, inputs, block.axes)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# The same examples every time: a bound that one draw in thousands breaks by chance would break a run in dozens.
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     M=st.integers(2, 90), K=st.integers(1, 40), N=st.integers(1, 90), bias=st.booleans(), affine=st.booleans(),
     norm=st.sampled_from(["batch", "running", "none"]), activation=st.sampled_from(["relu", "silu", "gelu"]),
