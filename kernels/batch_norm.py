@@ -122,14 +122,18 @@ def apply_stream(
 
 
 @triton.jit
-def store_statistics(
-    mean, m2, rstd, stats_ptr, running_mean_ptr, running_var_ptr, batches_ptr, cols, M, N, momentum,
-    CUMULATIVE: tl.constexpr,
-):  # fmt: skip
-    """Saves (mean, rstd) and moves the running statistics; only one program per column calls it."""
+def save_statistics(mean, rstd, stats_ptr, cols, N):
+    """For the backward; only one program per column calls it."""
+    tl.store(stats_ptr + cols, mean, mask=cols < N)
+    tl.store(stats_ptr + N + cols, rstd, mask=cols < N)
+
+
+@triton.jit
+def move_running_statistics(
+    mean, m2, running_mean_ptr, running_var_ptr, batches_ptr, cols, M, N, momentum, CUMULATIVE: tl.constexpr
+):
+    """Only one program per column calls it."""
     exists = cols < N
-    tl.store(stats_ptr + cols, mean, mask=exists)
-    tl.store(stats_ptr + N + cols, rstd, mask=exists)
     if running_mean_ptr is not None:
         factor = momentum
         if CUMULATIVE:
@@ -177,8 +181,8 @@ def columns_forward_kernel(
     else:
         mean, m2 = stream_statistics(z_ptr, 0, M, N, col, ROWS, COLS)
     rstd = reciprocal_sqrt(m2 / M + eps)
-    store_statistics(mean, m2, rstd, stats_ptr, running_mean_ptr, running_var_ptr, batches_ptr, cols, M, N, momentum,
-                     CUMULATIVE)  # fmt: skip
+    save_statistics(mean, rstd, stats_ptr, cols, N)
+    move_running_statistics(mean, m2, running_mean_ptr, running_var_ptr, batches_ptr, cols, M, N, momentum, CUMULATIVE)
     if not CUMULATIVE:
         if tl.program_id(0) == 0:
             count_batch(batches_ptr)
@@ -227,7 +231,7 @@ def apply_kernel(
     z_ptr,  # (M, N)
     out_ptr,  # (M, N)
     gamma_ptr, beta_ptr,  # (N,) or None
-    stats_ptr,  # (2, N) fp32: mean, rstd; None without BatchNorm or without a backward
+    stats_ptr,  # (2, N) fp32: mean, rstd; None without BatchNorm
     partials_ptr,  # (chunks, 2, N) fp32; None but for NORM_BATCH
     running_mean_ptr, running_var_ptr,  # (N,) or None
     batches_ptr,  # () int64 or None
@@ -250,14 +254,14 @@ def apply_kernel(
         mean, m2 = combine(counts, means, m2s)
         rstd = reciprocal_sqrt(m2 / M + eps)
         if chunk == 0:
-            store_statistics(mean, m2, rstd, stats_ptr, running_mean_ptr, running_var_ptr, batches_ptr, cols, M, N,
-                             momentum, CUMULATIVE)  # fmt: skip
+            move_running_statistics(mean, m2, running_mean_ptr, running_var_ptr, batches_ptr, cols, M, N, momentum,
+                                    CUMULATIVE)  # fmt: skip
     elif NORM == NORM_RUNNING:
         mean = load_columns(running_mean_ptr, cols, N, 0.0)
         rstd = reciprocal_sqrt(load_columns(running_var_ptr, cols, N, 1.0) + eps)
-        if stats_ptr is not None:
-            if chunk == 0:
-                store_statistics(mean, mean, rstd, stats_ptr, None, None, None, cols, M, N, momentum, False)
+    if NORM != NORM_NONE:
+        if chunk == 0:
+            save_statistics(mean, rstd, stats_ptr, cols, N)
     scale = rstd * load_columns(gamma_ptr, cols, N, 1.0)
     shift = load_columns(beta_ptr, cols, N, 0.0)
     key = load_key(seed_ptr, seed)

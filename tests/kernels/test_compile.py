@@ -50,10 +50,11 @@ def check_products_use_tensor_cores_and_wide_copies(rows: list[dict]) -> None:
 
 
 def check_dropout_costs_few_instructions(rows: list[dict]) -> None:
-    """About 11 a element with the generator: a draw per element, instead of eight a call, would cost 20."""
-    (row,) = (r for r in rows if r["kernel"] == "columns_forward_kernel" and r["shape"] == [1024, 1024]
-              and r["dtype"] == "torch.bfloat16")  # fmt: skip
-    assert row["instructions"] < 60 * 32  # 32 elements a thread: load, statistics, apply and dropout together
+    """Of the same kernel with and without: 7 an element on sm_90; a draw per element, instead of eight a call, 20."""
+    both = [row["instructions"] for row in rows if row["kernel"] == "columns_forward_kernel"
+            and row["shape"] == [1024, 1024] and row["dtype"] == "torch.bfloat16"]  # fmt: skip
+    assert len(both) == 2
+    assert 0 < max(both) - min(both) <= 11 * 32  # 32 elements a thread
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
