@@ -3,7 +3,7 @@
 ``python -m fastnn`` reports the environment and checks every kernel on the device at hand.
 """
 
-from . import functional, nn
+from . import functional, nn, optim
 
-__all__ = ["__version__", "functional", "nn"]
+__all__ = ["__version__", "functional", "nn", "optim"]
 __version__ = "0.1.0"

@@ -22,6 +22,18 @@ def to_stored(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def stochastically_rounded(x, draws):
+    """x (fp32) as bf16, up with the probability of what truncation would lose; draws are 16 random bits per element.
+
+    On average the result is x, so that updates smaller than half a unit in the last place are not lost.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    bits = tl.where(finite, bits + draws.to(tl.uint32), tl.where(x == x, bits, 0x7FC00000))
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def dot_operand(x):
     """x as tl.dot takes it: the interpreter's dot reads bf16 operands as garbage, so there they go as fp32."""
     if INTERPRETED and x.dtype == tl.bfloat16:

@@ -35,20 +35,26 @@ def load_key(seed_ptr, seed):
 
 
 @triton.jit
-def dropout_multiplier(key, row, col, threshold, keep_scale, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """keep_scale where kept, 0 where dropped, (ROWS, COLS) fp32, for the tile at (row, col); 8 divides col.
+def draws_of_16_bits(key, c0, c1, c2, c3):
+    """Eight draws for each counter, in neighbouring columns: (ROWS, CALLS) uint32 counters, (ROWS, 8 · CALLS) int32.
 
     The four words of a call are permuted so that joining them gives column order:
     column 8c + 4i + 2k + h takes half h (low, high) of word 2k + i.
     """
+    w0, w1, w2, w3 = tl.philox(key, c0, c1, c2, c3, ROUNDS)
+    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
+    draws = tl.join(words & 0xFFFF, words >> 16).to(tl.int32)
+    return tl.reshape(draws, (c0.shape[0], c0.shape[1] * DRAWS_PER_CALL))
+
+
+@triton.jit
+def dropout_multiplier(key, row, col, threshold, keep_scale, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """keep_scale where kept, 0 where dropped, (ROWS, COLS) fp32, for the tile at (row, col); 8 divides col."""
     calls = col // DRAWS_PER_CALL + tl.arange(0, COLS // DRAWS_PER_CALL)[None, :]
     rows = row + tl.arange(0, ROWS)[:, None]
     shape: tl.constexpr = (ROWS, COLS // DRAWS_PER_CALL)
     c0 = tl.broadcast_to(calls, shape).to(tl.uint32)
     c1 = tl.broadcast_to(rows, shape).to(tl.uint32)
     zero = tl.zeros(shape, tl.uint32)
-    w0, w1, w2, w3 = tl.philox(key, c0, c1, zero, zero, ROUNDS)
-    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
-    draws = tl.join(words & 0xFFFF, words >> 16).to(tl.int32)
-    draws = tl.reshape(draws, (ROWS, COLS))
+    draws = draws_of_16_bits(key, c0, c1, zero, zero)
     return tl.where(draws < threshold, 0.0, keep_scale)

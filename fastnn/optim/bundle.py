@@ -1,0 +1,219 @@
+"""A bundle: parameters that one launch steps, with the tables, addresses and step counts kept from step to step."""
+
+import contextlib
+import operator
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+
+if dispatch.HAS_KERNELS:
+    from ..kernels import gradient_norm, multi_tensor, tables
+
+grad_of, dtype_of, local_of = (operator.attrgetter(name) for name in ("grad", "dtype", "_local_tensor"))
+
+
+class Member(NamedTuple):
+    """A parameter, its entry in the optimizer's state and the index of its group.
+
+    hidden: a count () fp32 on the device for rules that need one and whose state in torch has none.
+    """
+
+    param: Tensor
+    state: dict[str, Any]
+    group: int
+    hidden: Tensor | None
+
+
+class Kind(NamedTuple):
+    """What the members of a bundle have in common. states: names in the rule's order, None where there is none.
+
+    counters: names of 0-d entries of the state that each step moves; on_device: they are on the parameter's device.
+    """
+
+    device: torch.device
+    distributed: bool
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    state_dtype: torch.dtype
+    states: tuple[str | None, ...]
+    counters: tuple[str, ...]
+    on_device: bool
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The tensor itself, or what a DTensor holds on this rank."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes it the current device where it is not."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape lie alike in memory; the strides of dimensions of one element do not count."""
+    return all(m == n for size, m, n in zip(a.shape, a.stride(), b.stride(), strict=True) if size != 1)
+
+
+def copy_in_layout(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy of `tensor` that lies in memory as `like`, which is dense."""
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def is_gradient(grad: Tensor, param: Tensor) -> bool:
+    """Whether the kernel can take it as the gradient of that parameter, in a copy at most."""
+    if type(grad) is not Tensor and not (type(grad) is type(param) and grad.placements == param.placements):  # type: ignore[attr-defined]
+        return False
+    grad, param = local(grad), local(param)
+    return (
+        type(grad) is Tensor
+        and grad.layout is torch.strided
+        and (grad.device, grad.shape) == (param.device, param.shape)
+    )
+
+
+class Bundle:
+    """Built once, launched every step."""
+
+    def __init__(self, kind: Kind, members: Sequence[Member], rule: str, seed: int | None) -> None:
+        self.kind, self.members = kind, members
+        self.params = [member.param for member in members]
+        here = self._local(self.params)
+        self.strides, self.shapes = [p.stride() for p in here], [p.shape for p in here]
+        self.dtypes = [kind.grad_dtype] * len(members)
+        names = [name for name in kind.states if name is not None]
+        addresses = {tables.PARAM.value: [p.data_ptr() for p in here]}
+        for i, name in enumerate(kind.states):
+            if name is not None:
+                addresses[tables.STATES.value + i] = [local(m.state[name]).data_ptr() for m in members]
+        addresses |= self._adopt_counters()
+        self.param_addresses = addresses[tables.PARAM.value]
+        self.grad_addresses = [0] * len(members)
+        self.groups: tuple[list, list] | None = None
+        self.getters = [operator.itemgetter(name) for name in (*names, *kind.counters)]
+        self.states = [member.state for member in members]
+        self.entries = [list(map(getter, self.states)) for getter in self.getters]
+        sizes, groups = [p.numel() for p in here], [member.group for member in members]
+        multiprocessors = dispatch.machine(kind.device).multiprocessors
+        self.tables = tables.Tables(addresses, sizes, groups, kind.device, multiprocessors)
+        present = sum(1 << i for i, name in enumerate(kind.states) if name is not None)
+        stochastic = seed is not None and kind.param_dtype == torch.bfloat16
+        dtypes = kind.param_dtype, kind.grad_dtype, kind.state_dtype
+        step = multi_tensor.Step(rule, *dtypes, present, tables.STEP.value in addresses, stochastic)
+        self.launch = multi_tensor.Launcher(step, self.tables, seed or 0)
+        self.partials = gradient_norm.partials_of(self.tables)
+
+    def _local(self, tensors: list[Tensor]) -> list[Tensor]:
+        return list(map(local_of, tensors)) if self.kind.distributed else tensors
+
+    def _adopt_counters(self) -> dict[int, list[int]]:
+        """Addresses of the counts that the kernel reads and moves on.
+
+        Counts on the device are the state's own tensors. Counts on the host become views of one vector, moved on in
+        one go; the kernel moves on a mirror of it, so that a step uploads nothing.
+        """
+        self.host: Tensor | None = None
+        rows = (tables.STEP.value, tables.PRODUCT.value)
+        if not self.kind.counters:
+            hidden = [member.hidden for member in self.members]
+            return {} if hidden[0] is None else {rows[0]: [count.data_ptr() for count in hidden]}
+        counts = [[member.state[name] for member in self.members] for name in self.kind.counters]
+        if not self.kind.on_device:
+            self.host = torch.tensor([list(map(float, row)) for row in counts], dtype=counts[0][0].dtype, device="cpu")
+            self.mirror = torch.empty_like(self.host, dtype=torch.float32, device=self.kind.device)
+            self.host_steps = self.host[0]
+            self._reflect()
+            for name, views in zip(self.kind.counters, self.host, strict=True):
+                for member, view in zip(self.members, views, strict=True):
+                    member.state[name] = view
+            counts = list(self.mirror)
+        return {row: [count.data_ptr() for count in of_row] for row, of_row in zip(rows, counts, strict=False)}
+
+    def _reflect(self) -> None:
+        self.mirror.copy_(self.host)
+        self.version = self.host._version
+
+    def holds(self) -> bool:
+        """Whether parameters and states are still the tensors, at the addresses, that the tables were made for."""
+        here = self._local(self.params)
+        return (
+            list(map(Tensor.data_ptr, here)) == self.param_addresses
+            and list(map(Tensor.size, here)) == self.shapes
+            and all(
+                all(map(operator.is_, map(getter, self.states), entries))
+                for getter, entries in zip(self.getters, self.entries, strict=True)
+            )
+        )
+
+    def gather(self) -> bool:
+        """Takes up the gradients of this step; false where the kernel cannot take one of them."""
+        grads = list(map(grad_of, self.params))
+        try:
+            addresses = list(map(Tensor.data_ptr, grads))
+            regular = list(map(Tensor.stride, grads)) == self.strides and list(map(dtype_of, grads)) == self.dtypes
+        except (TypeError, RuntimeError):  # one is missing, or has no memory
+            regular = False
+        if not regular or 0 in addresses or self.kind.distributed:
+            grads, addresses = self._take_one_by_one(grads)
+            if addresses is None:
+                return False
+        self.grads = grads  # copies must live until they are read
+        if addresses != self.grad_addresses:
+            self.tables.set_gradients(addresses)
+            self.grad_addresses = addresses
+            present = [address != 0 for address in addresses]
+            self.moved = None if all(present) else torch.tensor(present, device="cpu")
+        return True
+
+    def _take_one_by_one(self, grads: list[Tensor | None]) -> tuple[list[Tensor | None], list[int] | None]:
+        """Gradients that lie as their parameters do, copied where they did not, and their addresses."""
+        found: list[Tensor | None] = []
+        for grad, param in zip(grads, self.params, strict=True):
+            if grad is not None:
+                if not is_gradient(grad, param) or local(grad).dtype != self.kind.grad_dtype:
+                    return grads, None
+                grad = local(grad)
+                if not same_layout(grad, local(param)):
+                    grad = copy_in_layout(grad, local(param))
+            found.append(grad)
+        if all(mine is grad and grad is not None for mine, grad in zip(found, grads, strict=True)):
+            self.strides = [grad.stride() for grad in found]  # next time these will do at once
+        return found, [0 if grad is None else grad.data_ptr() for grad in found]
+
+    def set_groups(self, numbers: list[list[float]], addresses: list[list[int]]) -> None:
+        """Hyperparameters of all groups, whose changes alone are uploaded."""
+        if (numbers, addresses) != self.groups:
+            self.tables.set_groups([*chain.from_iterable(numbers)], [*chain.from_iterable(addresses)])
+            self.groups, self.rows = (numbers, addresses), None
+
+    def add_up(self, partials: Tensor, grad_scale: Tensor | None) -> None:
+        gradient_norm.add_up(self.tables, self.kind.grad_dtype, partials, grad_scale=grad_scale)
+
+    def step(self, momentum: Callable[[Tensor, Tensor], Tensor] | None, *clipping_and_scaling: Any) -> None:
+        """Launches the step and counts it on the host; momentum (columns of the members' rows, steps) is NAdam's."""
+        if self.host is not None and self.host._version != self.version:  # someone has set a count
+            self._reflect()
+        with on(self.kind.device):
+            self.launch(*clipping_and_scaling)
+        if self.host is not None:
+            self.host_steps.add_(1 if self.moved is None else self.moved)
+            if momentum is not None:
+                self._multiply_products(momentum)
+            self.version = self.host._version
+
+    def _multiply_products(self, momentum: Callable[[Tensor, Tensor], Tensor]) -> None:
+        if self.rows is None:
+            self.rows = torch.tensor([self.groups[0][m.group] for m in self.members], dtype=torch.float64, device="cpu")
+        factors = momentum(self.rows.T, self.host_steps)
+        self.host[1].mul_(factors if self.moved is None else torch.where(self.moved, factors, 1.0))

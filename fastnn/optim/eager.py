@@ -1,0 +1,99 @@
+"""torch's own step, for parameters that the kernels do not take, with what fastnn adds done in plain torch."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .bundle import local
+
+if TYPE_CHECKING:
+    from .engine import MultiTensorOptimizer
+
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def undecorated(step: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's step without the wrapper that calls hooks: ours has called them."""
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
+
+
+def check(optimizer: "MultiTensorOptimizer", eager: list[list[Tensor]]) -> None:
+    """Raises what torch's step would raise, but before the first parameter or state has changed."""
+    created = []
+    try:
+        for group, params in zip(optimizer.param_groups, eager, strict=True):
+            for param in params:
+                if param.grad is None:
+                    continue
+                if group.get("capturable") and param.device.type == "cpu":
+                    raise AssertionError(
+                        f"capturable=True needs parameters on an accelerator, got one on {param.device}"
+                    )
+                known = bool(optimizer.state.get(param))
+                if not known or param.grad.is_sparse:
+                    created += [] if known else [param]
+                    optimizer.check_sparse(group, param)
+                    optimizer.torch_init_state(group, param)
+    except BaseException:
+        for param in created:
+            optimizer.state.pop(param, None)
+        raise
+
+
+def step(optimizer: "MultiTensorOptimizer", eager: list[list[Tensor]], clip: Tensor | None) -> None:
+    """One step of these parameters, listed by group, with gradients times clip ().
+
+    torch steps stand-ins where something is added to its step: they share the parameter's memory and state, but have
+    a gradient of their own; for low-precision options they are fp32 copies, rounded back afterwards.
+    """
+    groups, stand_ins = optimizer.param_groups, []
+    own = [{**group, "params": list(params)} for group, params in zip(groups, eager, strict=True)]
+    for group in own:
+        for i, param in enumerate(group["params"]):
+            wide = param.dtype in NARROW and optimizer.computes_wide(param.dtype)
+            if param.grad is not None and (wide or clip is not None or optimizer.l1):
+                group["params"][i] = _stand_in(optimizer, group, param, clip, wide)
+                stand_ins.append((param, group["params"][i], wide))
+    optimizer.param_groups = own
+    try:
+        undecorated(optimizer.torch_step)(optimizer)
+    finally:
+        optimizer.param_groups = groups
+        for param, stand_in, wide in stand_ins:
+            _take_back(optimizer, param, stand_in, wide)
+
+
+def _stand_in(
+    optimizer: "MultiTensorOptimizer", group: dict[str, Any], param: Tensor, clip: Tensor | None, wide: bool
+) -> Tensor:
+    grad, stand_in = param.grad, param.detach()
+    if wide:
+        grad, stand_in = grad.float(), stand_in.float()
+    if clip is not None:
+        grad = grad * (clip.to(grad.device) if local(grad) is grad else clip.item())
+    if optimizer.l1:
+        grad = torch.add(grad, stand_in.sign(), alpha=-optimizer.l1 if group["maximize"] else optimizer.l1)
+    stand_in.grad = grad
+    state = optimizer.state.get(param)
+    if state:
+        optimizer.state[stand_in] = {k: _widened(v, param) for k, v in state.items()} if wide else state
+    return stand_in
+
+
+def _widened(value: Any, param: Tensor) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.shape == param.shape else value
+
+
+def _take_back(optimizer: "MultiTensorOptimizer", param: Tensor, stand_in: Tensor, wide: bool) -> None:
+    state = optimizer.state.pop(stand_in, None)
+    if not wide:
+        if state:
+            optimizer.state[param] = state
+        return
+    local(param).copy_(optimizer.rounded(local(stand_in).detach(), param.dtype))
+    dtype = optimizer.state_dtype or param.dtype
+    for name, value in (state or {}).items():
+        is_state = isinstance(value, Tensor) and value.shape == param.shape and name not in optimizer.counters
+        optimizer.state[param][name] = value.to(dtype) if is_state else value

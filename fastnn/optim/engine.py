@@ -1,0 +1,289 @@
+"""What every optimizer here is made of: torch.optim's own class, whose step is done by one launch where it can be."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import eager
+from .bundle import is_capturing
+from .plan import Plan, is_addressable, is_distributed
+
+FLAGS = ("fused", "foreach", "capturable", "differentiable")  # the constructor's, which a checkpoint does not change
+EXTRAS = ("max_grad_norm", "l1", "state_dtype", "stochastic_rounding")
+COLUMNS = 9  # of kernels.update_rules, which is not there without Triton
+
+
+class MultiTensorOptimizer(torch.optim.Optimizer):
+    """Mixed in before a class of torch.optim, takes over its step and nothing else.
+
+    Constructor, defaults, groups, state and checkpoints stay torch's. These keyword-only arguments are added; they are
+    attributes of the optimizer, not of its groups, and no part of its ``state_dict``:
+
+    Args:
+        max_grad_norm (float, optional): gradients are clipped within the step to this global 2-norm, as
+            ``torch.nn.utils.clip_grad_norm_`` does before it; ``.grad`` itself stays as it is. The norm of the last
+            step is :attr:`grad_norm`.
+        l1 (float): adds ``l1 * sign(param)`` to each gradient, the subgradient of an L1 penalty, where ``weight_decay``
+            adds its own. Default: 0.
+        state_dtype (torch.dtype, optional): ``torch.float32`` keeps the state of bfloat16 and float16 parameters in
+            float32, through ``load_state_dict`` as well. Default: the parameter's dtype, as in torch.
+        stochastic_rounding (bool): rounds bfloat16 parameters up or down at random so that the result is right on
+            average, instead of to nearest, where small updates vanish. The draws are a function of
+            ``torch.manual_seed`` when the optimizer is made. Default: ``False``.
+
+    Raises:
+        ValueError: ``max_grad_norm`` or ``l1`` negative, ``state_dtype`` another than ``torch.float32``.
+        RuntimeError: one of these together with ``differentiable=True``.
+    """
+
+    rule: ClassVar[str]  # the name in kernels.update_rules
+    counters: ClassVar[tuple[str, ...]] = ("step",)
+    momentum: ClassVar[Callable[[Tensor, Tensor], Tensor] | None] = None  # NAdam's, which its product is made of
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            return
+        base = cls.__mro__[cls.__mro__.index(MultiTensorOptimizer) + 1]
+        own = inspect.signature(MultiTensorOptimizer.__init__).parameters
+        extras = [own[name] for name in EXTRAS]
+        signature = inspect.signature(base)
+        cls.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *extras])  # type: ignore[attr-defined]
+
+    def __init__(
+        self,
+        *args: Any,
+        max_grad_norm: float | None = None,
+        l1: float = 0.0,
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm >= 0:
+            raise ValueError(f"max_grad_norm must be None or at least 0, got {max_grad_norm}")
+        if not l1 >= 0:
+            raise ValueError(f"l1 must be at least 0, got {l1}")
+        if state_dtype not in (None, torch.float32):
+            raise ValueError(f"state_dtype must be None or torch.float32, got {state_dtype}")
+        self.max_grad_norm, self.l1 = max_grad_norm, float(l1)
+        self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
+        self.seed = int(torch.randint(2**62, (), device="cpu")) if stochastic_rounding else None
+        self.grad_norm: Tensor | None = None
+        self._forget_plan()
+        super().__init__(*args, **kwargs)
+        extras = max_grad_norm is not None or l1 or state_dtype is not None or stochastic_rounding
+        if extras and any(group["differentiable"] for group in self.param_groups):
+            raise RuntimeError(f"{', '.join(EXTRAS)} do not support `differentiable`")
+
+    def _forget_plan(self) -> None:
+        self._plan: Plan | None = None
+        self._captured: list[Plan] = getattr(self, "_captured", [])  # what graphs replay lives as long as we do
+        self._hidden_counts: dict[Tensor, Tensor] = {}
+
+    # What an algorithm says of itself
+
+    def state_names(self, group: dict[str, Any]) -> tuple[str | None, ...]:
+        """Names in ``state`` in the order of the rule's states, None for one that this group does without."""
+        raise NotImplementedError
+
+    def own_hyperparameters(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The rule's own, in the order of its row."""
+        raise NotImplementedError
+
+    def hidden_count(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
+        """A count () on the device for a rule that needs one which torch's state does not have."""
+        return None
+
+    def check_sparse(self, group: dict[str, Any], param: Tensor) -> None:
+        """Raises what torch raises only in the midst of a step, for a gradient that may be sparse."""
+
+    # What the plan asks
+
+    def hyperparameters(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return group["lr"], group["weight_decay"], *self.own_hyperparameters(group)
+
+    def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What of a group decides the plan, beside its parameters."""
+        tensors = [(v.device, v.dtype) if isinstance(v, Tensor) else None for v in self.hyperparameters(group)]
+        on_device = bool(group.get("capturable") or group.get("fused"))
+        return self.state_names(group), group["differentiable"], on_device, tensors
+
+    def row(self, group: dict[str, Any], device: torch.device) -> tuple[list[float], list[int]]:
+        """(numbers, addresses) of a group for kernels/update_rules.py; a tensor on the device goes by its address."""
+        lr, weight_decay, *own = self.hyperparameters(group)
+        values = [lr, weight_decay, self.l1, -1.0 if group["maximize"] else 1.0]
+        values += [group.get("decoupled_weight_decay", False), *own]
+        values += [0.0] * (COLUMNS - len(values))
+        by_address = [isinstance(v, Tensor) and is_addressable(v, device) for v in values]
+        return (
+            [0.0 if there else float(v) for v, there in zip(values, by_address, strict=True)],
+            [v.data_ptr() if there else 0 for v, there in zip(values, by_address, strict=True)],
+        )
+
+    def torch_init_state(self, group: dict[str, Any], param: Tensor) -> None:
+        """torch's own creation of a parameter's state, if it has none."""
+        lists: list[list] = [[] for _ in range(len(inspect.signature(self._init_group).parameters) - 1)]  # type: ignore[attr-defined]
+        self._init_group({**group, "params": [param]}, *lists)  # type: ignore[attr-defined]
+
+    def init_state(self, group: dict[str, Any], param: Tensor) -> None:
+        """The state of a parameter that the kernels step; not called before its first gradient."""
+        if not self.state.get(param):
+            self.torch_init_state(group, param)
+        self._widen_state(param)
+
+    def next_seed(self) -> int | None:
+        """A seed for the next plan, whose counts may start anew; None without stochastic rounding."""
+        if self.seed is not None:
+            self.seed += 1
+        return self.seed
+
+    def computes_wide(self, dtype: torch.dtype) -> bool:
+        """Whether these options have torch's own step compute in fp32 for narrower parameters."""
+        return self.state_dtype is not None or (self.stochastic_rounding and dtype == torch.bfloat16)
+
+    def _widen_state(self, param: Tensor) -> None:
+        if self.state_dtype is not None and param.dtype in eager.NARROW:
+            state = self.state.get(param, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and name not in self.counters:
+                    state[name] = value.to(self.state_dtype)
+
+    def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x (fp32) as the parameter's dtype."""
+        if not self.stochastic_rounding or dtype != torch.bfloat16:
+            return x.to(dtype)
+        bits = x.view(torch.int32)
+        raised = torch.where(x.isfinite(), bits + torch.randint_like(bits, 1 << 16), bits)
+        return (raised & ~0xFFFF).view(torch.float32).to(dtype)
+
+    # The step
+
+    @property
+    def torch_step(self) -> Callable[..., Any]:
+        return super().step.__func__  # type: ignore[attr-defined]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs a single optimization step, as torch's does; ``closure`` reevaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: what torch's step raises, sparse gradients and the like; no parameter, no state has changed.
+        """
+        if torch.compiler.is_compiling():
+            return eager.undecorated(self.torch_step)(self, closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plan = self._plan
+        if plan is None or is_capturing() or not (plan.holds(self) and plan.gather()):
+            plan = self._new_plan()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        partials = None
+        if plan.needs_torch(self.max_grad_norm, found_inf):
+            with torch.no_grad():
+                if not self._step_by_torch(plan, grad_scale, found_inf):
+                    return loss
+            grad_scale = found_inf = None
+            if self.max_grad_norm is not None and self.grad_norm is not None:
+                partials = self.grad_norm.float().square().reshape(1)
+        elif self.max_grad_norm is not None:
+            partials, self.grad_norm = plan.add_up(grad_scale), plan.norm
+        plan.launch(self.momentum, self.max_grad_norm, partials, grad_scale, found_inf)
+        return loss
+
+    @torch.no_grad()
+    def _new_plan(self) -> Plan:
+        plan = Plan(self)
+        plan.gather()
+        if not is_capturing():
+            self._plan = plan
+            return plan
+        if plan.counts_on_host:
+            raise RuntimeError(
+                f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} whose groups count "
+                "their steps on the host: pass capturable=True (Adagrad: fused=True)"
+            )
+        self._captured.append(plan)  # its tables are what the graph will read
+        return plan
+
+    def _step_by_torch(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """What of the step is not the kernels': overflow, unscaling and norm where they cannot, the eager parameters.
+
+        False if an overflow skips the step. torch asserts that it is not asked to unscale, so here that is done first.
+        """
+        eager.check(self, plan.eager)
+        if found_inf is not None and found_inf.item() > 0:
+            return False
+        grads = [param.grad for param in plan.params if param.grad is not None]
+        if grad_scale is not None:
+            for grad in grads:
+                grad.mul_(grad_scale.double().reciprocal().to(grad.device, torch.float32))
+        clip = None
+        if self.max_grad_norm is not None and grads:
+            norm = torch.nn.utils.get_total_norm(grads)
+            self.grad_norm = norm.full_tensor() if is_distributed(norm) else norm  # type: ignore[attr-defined]
+            clip = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        if plan.eager_params:
+            scaling = {name: vars(self).pop(name) for name in ("grad_scale", "found_inf") if name in vars(self)}
+            try:
+                eager.step(self, plan.eager, clip)
+            finally:
+                vars(self).update(scaling)
+        return True
+
+    # Checkpoints and copies
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._forget_plan()
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, except that ``fused``, ``foreach``, ``capturable`` and ``differentiable`` stay the constructor's,
+        counts keep their dtype, and state kept in ``state_dtype`` is not narrowed on the way.
+        """
+        loaded: dict[str, Any] = {}
+
+        def keep_flags(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            groups = state_dict["param_groups"]
+            kept = [{name: group[name] for name in FLAGS if name in group} for group in self.param_groups]
+            if len(groups) == len(kept):  # else torch says so
+                groups = [{**group, **flags} for group, flags in zip(groups, kept, strict=True)]
+            loaded.update(state_dict, param_groups=groups)
+            return dict(loaded)
+
+        def keep_dtypes(_: torch.optim.Optimizer) -> None:
+            for group, saved in zip(self.param_groups, loaded["param_groups"], strict=True):
+                for param, index in zip(group["params"], saved["params"], strict=True):
+                    self._restore(group, param, loaded["state"].get(index, {}))
+
+        handles = (
+            self.register_load_state_dict_pre_hook(keep_flags),
+            self.register_load_state_dict_post_hook(keep_dtypes, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _restore(self, group: dict[str, Any], param: Tensor, saved: dict[str, Any]) -> None:
+        """Where torch has cast or shared what a checkpoint holds of a parameter, takes it from there again."""
+        state, wide = self.state.get(param, {}), self.state_dtype is not None and param.dtype in eager.NARROW
+        on_device = bool(group.get("capturable") or group.get("fused"))
+        for name, value in saved.items():
+            if name in self.counters and isinstance(value, Tensor):
+                value = value.detach().clone()  # torch's own load shares it with the checkpoint
+                state[name] = value.to(param.device, torch.float32) if on_device else value.cpu()
+            elif wide and isinstance(value, Tensor):
+                state[name] = value.to(param.device, self.state_dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = (*EXTRAS, "seed", "grad_norm", "_step_supports_amp_scaling")
+        return super().__getstate__() | {name: vars(self)[name] for name in kept if name in vars(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_plan()

@@ -1,0 +1,193 @@
+"""Which parameters the kernels step, in which bundles, and which are left to torch's own step."""
+
+import operator
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import dispatch
+from .bundle import Bundle, Kind, Member, copy_in_layout, is_gradient, local, on, same_layout
+from .eager import check
+
+if TYPE_CHECKING:
+    from .engine import MultiTensorOptimizer
+
+Group = dict[str, Any]
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: there is no DTensor
+    return module is not None and type(tensor) is module.DTensor
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill their memory without gaps or overlaps, in any order of dimensions."""
+    return tensor.is_contiguous() or same_layout(torch.empty_like(tensor, device="meta"), tensor)
+
+
+def is_addressable(value: Any, device: torch.device) -> bool:
+    """Whether a hyperparameter is a tensor that the kernel reads itself."""
+    return isinstance(value, Tensor) and value.device == device and value.dtype == torch.float32
+
+
+def is_readable(value: Any, device: torch.device) -> bool:
+    """Whether a hyperparameter is at hand for kernel or host without waiting."""
+    return not isinstance(value, Tensor) or value.is_cpu or is_addressable(value, device)
+
+
+def is_served(optimizer: "MultiTensorOptimizer", group: Group, param: Tensor) -> bool:
+    """Whether the kernels step this parameter, with the gradient it has now if it has one."""
+    here, grad = local(param), param.grad
+    return (
+        not group["differentiable"]
+        and (type(param) in (Tensor, nn.Parameter) or is_distributed(param))
+        and not dispatch.device_path(here.device).eager
+        and here.dtype in dispatch.KERNEL_DTYPES
+        and here.layout is torch.strided
+        and here.numel() > 0
+        and is_dense(here)
+        and (grad is None or (is_gradient(grad, param) and grad.dtype in dispatch.KERNEL_DTYPES))
+        and all(is_readable(value, here.device) for value in optimizer.hyperparameters(group))
+    )
+
+
+def kind_of(optimizer: "MultiTensorOptimizer", group: Group, param: Tensor) -> Kind | None:
+    """The bundle of a served parameter; None where its state is not one the kernels can take."""
+    state, here = optimizer.state[param], local(param)
+    names, on_device = optimizer.state_names(group), bool(group.get("capturable") or group.get("fused"))
+    present = [local(state.get(name)) for name in names if name is not None]
+    counts = [state.get(name) for name in optimizer.counters]
+    if not all(isinstance(tensor, Tensor) and tensor.shape == here.shape for tensor in present):
+        return None
+    if not all(isinstance(count, Tensor) and count.numel() == 1 for count in counts):
+        return None
+    if on_device and not all(c.device == here.device and c.dtype == torch.float32 for c in counts):
+        return None
+    dtypes = {tensor.dtype for tensor in present} or {here.dtype}
+    if len(dtypes) > 1 or not dtypes <= set(dispatch.KERNEL_DTYPES) or any(t.device != here.device for t in present):
+        return None
+    for name in filter(None, names):
+        if not same_layout(local(state[name]), here):  # loaded from a parameter that lay otherwise
+            if is_distributed(param):
+                return None
+            state[name] = copy_in_layout(state[name], here)
+    grad_dtype = here.dtype if param.grad is None else param.grad.dtype
+    return Kind(
+        here.device, is_distributed(param), here.dtype, grad_dtype, dtypes.pop(), names, optimizer.counters, on_device
+    )
+
+
+class Plan:
+    """The bundles of an optimizer's parameters as they are now.
+
+    waiting: served parameters that have had no gradient yet; eager: for each group those left to torch.
+    """
+
+    def __init__(self, optimizer: "MultiTensorOptimizer") -> None:
+        groups = optimizer.param_groups
+        self.state, self.group_values = optimizer.state, [*chain.from_iterable(g.values() for g in groups)]
+        self.params = [*chain.from_iterable(g["params"] for g in groups)]
+        self.structure = [optimizer.structure(group) for group in groups]
+        self.waiting: list[Tensor] = []
+        self.eager: list[list[Tensor]] = [[] for _ in groups]
+        members: dict[Kind, list[Member]] = defaultdict(list)
+        served: list[tuple[int, Tensor]] = []
+        for i, group in enumerate(groups):
+            for param in group["params"]:
+                if not is_served(optimizer, group, param):
+                    self.eager[i].append(param)
+                elif param.grad is None and not optimizer.state.get(param):
+                    self.waiting.append(param)
+                else:
+                    served.append((i, param))
+        check(optimizer, self.eager)  # may raise: nothing has changed yet
+        for i, param in served:
+            optimizer.init_state(groups[i], param)
+            kind = kind_of(optimizer, groups[i], param)
+            if kind is None:
+                self.eager[i].append(param)
+            else:
+                hidden = optimizer.hidden_count(groups[i], param)
+                members[kind].append(Member(param, optimizer.state.get(param, {}), i, hidden))
+        seed = optimizer.next_seed()
+        self.bundles = [Bundle(kind, of_kind, optimizer.rule, seed) for kind, of_kind in members.items()]
+        self.eager_params = [*chain.from_iterable(self.eager)]
+        self.counts_on_host = any(bundle.host is not None for bundle in self.bundles)
+        devices = {bundle.kind.device for bundle in self.bundles}
+        self.adds_up = len(devices) == 1 and not any(bundle.kind.distributed for bundle in self.bundles)
+        self.norm: Tensor | None = None
+        self.set_groups(optimizer)
+
+    def gather(self) -> bool:
+        return all(bundle.gather() for bundle in self.bundles)
+
+    def needs_torch(self, max_grad_norm: float | None, found_inf: Tensor | None) -> bool:
+        """Whether a step is not the kernels' alone, or they cannot say without waiting whether it is to be made."""
+        return (
+            bool(self.eager_params)
+            or (max_grad_norm is not None and not self.adds_up)
+            or (found_inf is not None and self.counts_on_host)
+        )
+
+    def add_up(self, grad_scale: Tensor | None) -> Tensor:
+        """Partial sums of all gradients' squares, a launch for each bundle."""
+        if self.norm is None:
+            device, sizes = self.bundles[0].kind.device, [bundle.partials for bundle in self.bundles]
+            self.norm = torch.zeros((), device=device)
+            self.partials = torch.zeros(sum(sizes), device=device)
+            self.parts = self.partials.split(sizes)
+        for bundle, part in zip(self.bundles, self.parts, strict=True):
+            with on(bundle.kind.device):
+                bundle.add_up(part, grad_scale)
+        return self.partials
+
+    def launch(
+        self,
+        momentum: Callable[[Tensor, Tensor], Tensor] | None,
+        max_grad_norm: float | None,
+        partials: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        for bundle in self.bundles:
+            bundle.step(momentum, max_grad_norm or 0.0, partials, self.norm, grad_scale, found_inf)
+
+    def set_groups(self, optimizer: "MultiTensorOptimizer") -> None:
+        self.l1, self.reads_host_tensors = optimizer.l1, False
+        for bundle in self.bundles:
+            for value in chain.from_iterable(map(optimizer.hyperparameters, optimizer.param_groups)):
+                host_tensor = isinstance(value, Tensor) and not is_addressable(value, bundle.kind.device)
+                self.reads_host_tensors = self.reads_host_tensors or host_tensor
+            rows = [optimizer.row(group, bundle.kind.device) for group in optimizer.param_groups]
+            bundle.set_groups([numbers for numbers, _ in rows], [addresses for _, addresses in rows])
+
+    def holds(self, optimizer: "MultiTensorOptimizer") -> bool:
+        """Whether the plan still fits; changed numbers are taken up on the way.
+
+        Everything is compared by identity, 25 ns a tensor: whoever changes a group or the state puts another object
+        there. Tensors written in place are no exception: the kernel reads them itself, or `reads_host_tensors` is set.
+        """
+        groups = optimizer.param_groups
+        params = [*chain.from_iterable(g["params"] for g in groups)]
+        if (
+            self.state is not optimizer.state
+            or len(params) != len(self.params)
+            or not all(map(operator.is_, params, self.params))
+            or not all(bundle.holds() for bundle in self.bundles)
+            or any(param.grad is not None for param in self.waiting)
+        ):
+            return False
+        values = [*chain.from_iterable(g.values() for g in groups)]
+        if len(values) == len(self.group_values) and all(map(operator.is_, values, self.group_values)):
+            if self.l1 == optimizer.l1 and not self.reads_host_tensors:
+                return True
+        elif [optimizer.structure(group) for group in groups] != self.structure:
+            return False
+        self.group_values = values
+        self.set_groups(optimizer)
+        return True

@@ -1,0 +1,123 @@
+"""Tables of tensors to walk in one launch, and how a kernel walks them.
+
+    table   (ROWS, tensors) int64: addresses of parameter, gradient and states, of the step count and of NAdam's
+            product, then the size and the group of each tensor. A gradient at address 0 is missing: its tensor is
+            left alone and its step not counted.
+    chunks  (chunks, 2) int32: the tensor, and the chunk within it, that a program works on.
+    groups  (2, groups, COLUMNS) int64: a row of hyperparameters per group, first as the bits of fp64 numbers, then as
+            addresses of fp32 tensors, 0 where the number counts.
+
+A tensor is walked in memory order, so that any dense strides will do. A chunk is a number of blocks; whole blocks are
+read and written 16 bytes at a time where all of a tensor's addresses allow it, others element by element.
+"""
+
+import struct
+from collections.abc import Mapping, Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 1024  # elements: 8 per thread, 16 bytes of bf16
+WARPS = 4
+LARGEST_CHUNK = 64  # blocks, beyond which the look-ups in the tables no longer count
+PROGRAMS_PER_MULTIPROCESSOR = 4
+
+PARAM, GRAD, STATES, STEP, PRODUCT, SIZE, GROUP = (tl.constexpr(row) for row in (0, 1, 2, 5, 6, 7, 8))
+ROWS = 9
+MAX_STATES = tl.constexpr(3)
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def blocks_per_chunk(sizes: Sequence[int], multiprocessors: int) -> int:
+    """As many as still leave every multiprocessor a few programs: 1 for a million elements."""
+    programs = multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
+    return max(1, min(LARGEST_CHUNK, sum(sizes) // (BLOCK * programs)))
+
+
+class Tables:
+    """The tables of non-empty tensors of one device; every upload is one asynchronous copy.
+
+    addresses: by row (PARAM, GRAD, ...), one per tensor; absent rows are 0. sizes in elements; group_of each tensor.
+    What the addresses point to must live as long as the tables are used.
+    """
+
+    def __init__(
+        self,
+        addresses: Mapping[int, Sequence[int]],
+        sizes: Sequence[int],
+        group_of: Sequence[int],
+        device: torch.device,
+        multiprocessors: int,
+    ) -> None:
+        self.device, self.tensors = device, len(sizes)
+        self.blocks = blocks_per_chunk(sizes, multiprocessors)
+        chunks = [(i, n) for i, size in enumerate(sizes) for n in range(triton.cdiv(size, self.blocks * BLOCK))]
+        self.programs = len(chunks)
+        rows = {**addresses, SIZE.value: sizes, GROUP.value: group_of}
+        # A captured copy reads its host memory again at each replay: the last of each kind is kept.
+        self._staged: dict[str, torch.Tensor] = {}
+        every_row = [rows.get(row, [0] * self.tensors) for row in range(ROWS)]
+        self.table = self._stage("table", every_row).to(device, non_blocking=True)
+        self.chunks = self._stage("chunks", chunks, torch.int32).to(device, non_blocking=True)
+        self.gradients = self.table[GRAD.value]
+        self.groups: torch.Tensor | None = None
+
+    def _stage(self, name: str, values: Sequence, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        self._staged[name] = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=self.device.type == "cuda")
+        return self._staged[name]
+
+    def set_gradients(self, addresses: Sequence[int]) -> None:
+        """New addresses of the gradients; 0 where there is none."""
+        self.gradients.copy_(self._stage("gradients", addresses), non_blocking=True)
+
+    def set_groups(self, numbers: Sequence[float], addresses: Sequence[int]) -> None:
+        """New hyperparameters: COLUMNS numbers, and COLUMNS addresses of tensors or 0, for each group."""
+        values = [*struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers)), *addresses]
+        staged = self._stage("groups", values)
+        if self.groups is None:
+            self.groups = torch.empty_like(staged, device=self.device)
+        self.groups.copy_(staged, non_blocking=True)
+
+
+@triton.jit
+def entry(table_ptr, row, tensors, tensor):
+    return tl.load(table_ptr + row * tensors + tensor)
+
+
+@triton.jit
+def chunk_blocks(table_ptr, chunks_ptr, tensors, blocks, chunk, PRESENT: tl.constexpr, BLOCK: tl.constexpr):
+    """(tensor, its size, (first block, end of the whole and aligned blocks, end of all blocks)) of a chunk."""
+    tensor = tl.load(chunks_ptr + 2 * chunk)
+    size = entry(table_ptr, SIZE, tensors, tensor)
+    first = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * blocks
+    last = tl.minimum(first + blocks, (size + BLOCK - 1) // BLOCK)
+    grad = entry(table_ptr, GRAD, tensors, tensor)
+    every = entry(table_ptr, PARAM, tensors, tensor) | grad
+    for i in tl.static_range(MAX_STATES):
+        if PRESENT & (1 << i):
+            every = every | entry(table_ptr, STATES + i, tensors, tensor)
+    last = tl.where(grad == 0, first, last)
+    whole = tl.where(every % 16 == 0, tl.minimum(last, size // BLOCK), first)
+    return tensor, size, (first, whole, last)
+
+
+@triton.jit
+def pointer(table_ptr, row, tensors, tensor, offsets, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+    ptr = entry(table_ptr, row, tensors, tensor).to(tl.pointer_type(DTYPE))
+    if WHOLE:
+        ptr = tl.multiple_of(ptr, 16)  # bytes; without it every access is an element's
+    return ptr + offsets
+
+
+@triton.jit
+def load(ptr, mask):
+    return tl.load(ptr, mask=mask).to(tl.float32)
+
+
+@triton.jit
+def unscaled(g, grad_scale_ptr):
+    """The gradient without GradScaler's factor, a power of two, of which the reciprocal is exact."""
+    if grad_scale_ptr is not None:
+        g = g * (1.0 / tl.load(grad_scale_ptr).to(tl.float32))
+    return g
