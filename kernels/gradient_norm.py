@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .casts import to_stored
-from .tables import BLOCK, GRAD, TRITON_DTYPES, WARPS, Tables, chunk_blocks, load, pointer, unscaled
+from .tables import BLOCK, TRITON_DTYPES, WARPS, Tables, chunk_of, load, pointer, unscaled
 from .tiles import LAUNCH_OPTIONS
 
 MAX_PARTIALS = 1024
@@ -48,12 +48,12 @@ def norm_kernel(
     """partials (programs,): sums of absolute values, or of their squares, or the largest."""
     parts = tl.zeros((BLOCK,), tl.float32)
     for chunk in range(tl.program_id(0), chunks, programs):
-        tensor, size, bounds = chunk_blocks(table_ptr, chunks_ptr, tensors, blocks, chunk, 0, BLOCK)
+        _, size, addresses, bounds = chunk_of(table_ptr, chunks_ptr, tensors, blocks, chunk, 0, BLOCK)
         for part in tl.static_range(2):
             for block in range(bounds[part], bounds[part + 1]):
                 offsets = block * BLOCK + tl.arange(0, BLOCK)
                 mask = None if part == 0 else offsets < size
-                ptr = pointer(table_ptr, GRAD, tensors, tensor, offsets, GRAD_DTYPE, part == 0)
+                ptr = pointer(addresses[1], offsets, GRAD_DTYPE, part == 0)
                 g = tl.abs(unscaled(load(ptr, mask), grad_scale_ptr))
                 if part == 1:
                     g = tl.where(offsets < size, g, 0.0)
@@ -73,12 +73,12 @@ def clip_kernel(
     norm, coefficient = norm_and_coefficient(partials_ptr, partials, max_norm, ORDER)
     if tl.program_id(0) == 0:
         tl.store(norm_ptr, norm)
-    tensor, size, bounds = chunk_blocks(table_ptr, chunks_ptr, tensors, blocks, tl.program_id(0), 0, BLOCK)
+    _, size, addresses, bounds = chunk_of(table_ptr, chunks_ptr, tensors, blocks, tl.program_id(0), 0, BLOCK)
     for part in tl.static_range(2):
         for block in range(bounds[part], bounds[part + 1]):
             offsets = block * BLOCK + tl.arange(0, BLOCK)
             mask = None if part == 0 else offsets < size
-            ptr = pointer(table_ptr, GRAD, tensors, tensor, offsets, GRAD_DTYPE, part == 0)
+            ptr = pointer(addresses[1], offsets, GRAD_DTYPE, part == 0)
             tl.store(ptr, to_stored(load(ptr, mask) * coefficient, GRAD_DTYPE), mask=mask)
 
 

@@ -19,36 +19,34 @@ from .tables import (
     BLOCK,
     GRAD,
     GROUP,
-    PARAM,
     PRODUCT,
-    STATES,
     STEP,
     TRITON_DTYPES,
     WARPS,
     Tables,
-    chunk_blocks,
+    chunk_of,
     entry,
     load,
     pointer,
     unscaled,
 )  # fmt: skip
-from .tiles import LAUNCH_OPTIONS
 from .update_rules import COLUMNS, DECOUPLED, L1, LR, SIGN, WEIGHT_DECAY, hyperparameter
 
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True, "maxnreg": 128}  # 16 warps to a multiprocessor, no spill
 ACROSS = tl.constexpr(256)  # tensors whose steps are counted at a time
 
 
 @triton.jit
 def update_block(
-    table_ptr, grad_scale_ptr, tensors, tensor, block, size, step, seed, common, coefficients,
+    addresses, grad_scale_ptr, tensor, block, size, step, seed, common, coefficients,
     RULE: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, STATE_DTYPE: tl.constexpr,
     PRESENT: tl.constexpr, STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sign, weight_decay, l1, shrink, clip = common
     offsets = block * BLOCK + tl.arange(0, BLOCK)
     mask = None if WHOLE else offsets < size
-    p_ptr = pointer(table_ptr, PARAM, tensors, tensor, offsets, PARAM_DTYPE, WHOLE)
-    g_ptr = pointer(table_ptr, GRAD, tensors, tensor, offsets, GRAD_DTYPE, WHOLE)
+    p_ptr = pointer(addresses[0], offsets, PARAM_DTYPE, WHOLE)
+    g_ptr = pointer(addresses[1], offsets, GRAD_DTYPE, WHOLE)
     p, g = load(p_ptr, mask), unscaled(load(g_ptr, mask), grad_scale_ptr)
     if grad_scale_ptr is not None:
         tl.store(g_ptr, to_stored(g, GRAD_DTYPE), mask=mask)  # where torch's fused steps and unscale_ leave it, too
@@ -61,13 +59,13 @@ def update_block(
     s0, s1, s2 = p, p, p
     s0_ptr, s1_ptr, s2_ptr = p_ptr, p_ptr, p_ptr
     if PRESENT & 1:
-        s0_ptr = pointer(table_ptr, STATES, tensors, tensor, offsets, STATE_DTYPE, WHOLE)
+        s0_ptr = pointer(addresses[2], offsets, STATE_DTYPE, WHOLE)
         s0 = load(s0_ptr, mask)
     if PRESENT & 2:
-        s1_ptr = pointer(table_ptr, STATES + 1, tensors, tensor, offsets, STATE_DTYPE, WHOLE)
+        s1_ptr = pointer(addresses[3], offsets, STATE_DTYPE, WHOLE)
         s1 = load(s1_ptr, mask)
     if PRESENT & 4:
-        s2_ptr = pointer(table_ptr, STATES + 2, tensors, tensor, offsets, STATE_DTYPE, WHOLE)
+        s2_ptr = pointer(addresses[4], offsets, STATE_DTYPE, WHOLE)
         s2 = load(s2_ptr, mask)
     p, states = RULE(p, g, (s0, s1, s2), coefficients, PRESENT)
     if STOCHASTIC:
@@ -144,7 +142,7 @@ def step_kernel(
     PRESENT: tl.constexpr, COUNTS: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    tensor, size, bounds = chunk_blocks(table_ptr, chunks_ptr, tensors, blocks, program, PRESENT, BLOCK)
+    tensor, size, addresses, bounds = chunk_of(table_ptr, chunks_ptr, tensors, blocks, program, PRESENT, BLOCK)
     overflow = False
     if found_inf_ptr is not None:
         overflow = tl.load(found_inf_ptr) > 0  # a sum over devices
@@ -165,7 +163,7 @@ def step_kernel(
     for part in tl.static_range(2):
         for block in range(bounds[part], bounds[part + 1]):
             update_block(
-                table_ptr, grad_scale_ptr, tensors, tensor, block, size, step, seed, common, coefficients,
+                addresses, grad_scale_ptr, tensor, block, size, step, seed, common, coefficients,
                 RULE, PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, PRESENT, STOCHASTIC, part == 0, BLOCK,
             )  # fmt: skip
     if COUNTS:
@@ -210,7 +208,7 @@ class Launcher:
     def __init__(self, step: Step, tables: Tables, seed: int = 0) -> None:
         self.constants, self.tables, self.seed = step.constants(), tables, seed
         self.arrived = torch.zeros((), dtype=torch.int32, device=tables.device)
-        self._compiled: dict = {}
+        self._kept: dict = {}
 
     def __call__(
         self,
@@ -231,10 +229,11 @@ class Launcher:
             0 if partials is None else partials.shape[0], max_norm, self.seed, *self.constants,
         )  # fmt: skip
         given = partials is None, norm is None, grad_scale is None, found_inf is None
-        kernel, grid = self._compiled.get(given), (tables.programs, 1, 1)
-        if kernel is not None:
-            kernel[grid](*arguments)
+        launch = self._kept.get(given)
+        if launch is not None:
+            launch(*arguments)
             return
-        kernel = step_kernel[grid](*arguments, num_warps=WARPS, **LAUNCH_OPTIONS)
+        grid = tables.programs, 1, 1
+        compiled = step_kernel[grid](*arguments, **OPTIONS)
         if not INTERPRETED:
-            self._compiled[given] = kernel
+            self._kept[given] = compiled[grid]

@@ -25,7 +25,6 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 
 PARAM, GRAD, STATES, STEP, PRODUCT, SIZE, GROUP = (tl.constexpr(row) for row in (0, 1, 2, 5, 6, 7, 8))
 ROWS = 9
-MAX_STATES = tl.constexpr(3)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -86,25 +85,33 @@ def entry(table_ptr, row, tensors, tensor):
 
 
 @triton.jit
-def chunk_blocks(table_ptr, chunks_ptr, tensors, blocks, chunk, PRESENT: tl.constexpr, BLOCK: tl.constexpr):
-    """(tensor, its size, (first block, end of the whole and aligned blocks, end of all blocks)) of a chunk."""
+def chunk_of(table_ptr, chunks_ptr, tensors, blocks, chunk, PRESENT: tl.constexpr, BLOCK: tl.constexpr):
+    """(tensor, its size, addresses of parameter, gradient and three states, bounds) of a chunk.
+
+    bounds: its first block, the end of its whole and aligned blocks, the end of all blocks. Bit i of PRESENT: whether
+    there is an i-th state.
+    """
     tensor = tl.load(chunks_ptr + 2 * chunk)
     size = entry(table_ptr, SIZE, tensors, tensor)
     first = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * blocks
     last = tl.minimum(first + blocks, (size + BLOCK - 1) // BLOCK)
-    grad = entry(table_ptr, GRAD, tensors, tensor)
-    every = entry(table_ptr, PARAM, tensors, tensor) | grad
-    for i in tl.static_range(MAX_STATES):
-        if PRESENT & (1 << i):
-            every = every | entry(table_ptr, STATES + i, tensors, tensor)
+    param, grad = entry(table_ptr, PARAM, tensors, tensor), entry(table_ptr, GRAD, tensors, tensor)
+    s0, s1, s2 = grad, grad, grad
+    if PRESENT & 1:
+        s0 = entry(table_ptr, STATES, tensors, tensor)
+    if PRESENT & 2:
+        s1 = entry(table_ptr, STATES + 1, tensors, tensor)
+    if PRESENT & 4:
+        s2 = entry(table_ptr, STATES + 2, tensors, tensor)
     last = tl.where(grad == 0, first, last)
-    whole = tl.where(every % 16 == 0, tl.minimum(last, size // BLOCK), first)
-    return tensor, size, (first, whole, last)
+    aligned = (param | grad | s0 | s1 | s2) % 16 == 0
+    whole = tl.where(aligned, tl.minimum(last, size // BLOCK), first)
+    return tensor, size, (param, grad, s0, s1, s2), (first, whole, last)
 
 
 @triton.jit
-def pointer(table_ptr, row, tensors, tensor, offsets, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
-    ptr = entry(table_ptr, row, tensors, tensor).to(tl.pointer_type(DTYPE))
+def pointer(address, offsets, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+    ptr = address.to(tl.pointer_type(DTYPE))
     if WHOLE:
         ptr = tl.multiple_of(ptr, 16)  # bytes; without it every access is an element's
     return ptr + offsets

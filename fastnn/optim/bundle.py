@@ -14,7 +14,8 @@ from .. import dispatch
 if dispatch.HAS_KERNELS:
     from ..kernels import gradient_norm, multi_tensor, tables
 
-grad_of, dtype_of, local_of = (operator.attrgetter(name) for name in ("grad", "dtype", "_local_tensor"))
+grad_of, local_of, nbytes_of = (operator.attrgetter(name) for name in ("grad", "_local_tensor", "nbytes"))
+nbytes_and_dtype_of = operator.attrgetter("nbytes", "dtype")
 
 
 class Member(NamedTuple):
@@ -90,8 +91,11 @@ class Bundle:
         self.kind, self.members = kind, members
         self.params = [member.param for member in members]
         here = self._local(self.params)
-        self.strides, self.shapes = [p.stride() for p in here], [p.shape for p in here]
-        self.dtypes = [kind.grad_dtype] * len(members)
+        # What a gradient must have in common with its parameter, in as few calls as tell: 45 ns each per tensor.
+        self.layout_of = Tensor.is_contiguous if all(p.is_contiguous() for p in here) else Tensor.stride
+        self.form_of = nbytes_of if kind.grad_dtype == torch.float32 else nbytes_and_dtype_of
+        self.layouts = list(map(self.layout_of, here))
+        self.forms = [self.form_of(torch.empty_like(p, dtype=kind.grad_dtype, device="meta")) for p in here]
         names = [name for name in kind.states if name is not None]
         addresses = {tables.PARAM.value: [p.data_ptr() for p in here]}
         for i, name in enumerate(kind.states):
@@ -147,13 +151,9 @@ class Bundle:
     def holds(self) -> bool:
         """Whether parameters and states are still the tensors, at the addresses, that the tables were made for."""
         here = self._local(self.params)
-        return (
-            list(map(Tensor.data_ptr, here)) == self.param_addresses
-            and list(map(Tensor.size, here)) == self.shapes
-            and all(
-                all(map(operator.is_, map(getter, self.states), entries))
-                for getter, entries in zip(self.getters, self.entries, strict=True)
-            )
+        return list(map(Tensor.data_ptr, here)) == self.param_addresses and all(
+            all(map(operator.is_, map(getter, self.states), entries))
+            for getter, entries in zip(self.getters, self.entries, strict=True)
         )
 
     def gather(self) -> bool:
@@ -161,7 +161,7 @@ class Bundle:
         grads = list(map(grad_of, self.params))
         try:
             addresses = list(map(Tensor.data_ptr, grads))
-            regular = list(map(Tensor.stride, grads)) == self.strides and list(map(dtype_of, grads)) == self.dtypes
+            regular = list(map(self.layout_of, grads)) == self.layouts and list(map(self.form_of, grads)) == self.forms
         except (TypeError, RuntimeError):  # one is missing, or has no memory
             regular = False
         if not regular or 0 in addresses or self.kind.distributed:
@@ -188,7 +188,7 @@ class Bundle:
                     grad = copy_in_layout(grad, local(param))
             found.append(grad)
         if all(mine is grad and grad is not None for mine, grad in zip(found, grads, strict=True)):
-            self.strides = [grad.stride() for grad in found]  # next time these will do at once
+            self.layouts = list(map(self.layout_of, found))  # next time these will do at once
         return found, [0 if grad is None else grad.data_ptr() for grad in found]
 
     def set_groups(self, numbers: list[list[float]], addresses: list[list[int]]) -> None:
