@@ -72,7 +72,7 @@ def clip_kernel(
     """Scales the gradients in place by the clipping coefficient, and stores the norm."""
     norm, coefficient = norm_and_coefficient(partials_ptr, partials, max_norm, ORDER)
     if tl.program_id(0) == 0:
-        tl.store(norm_ptr, norm)
+        tl.store(norm_ptr, to_stored(norm, norm_ptr.dtype.element_ty))
     _, size, addresses, bounds = chunk_of(table_ptr, chunks_ptr, tensors, blocks, tl.program_id(0), 0, BLOCK)
     for part in tl.static_range(2):
         for block in range(bounds[part], bounds[part + 1]):
@@ -100,7 +100,7 @@ def add_up(
 def clip(
     tables: Tables, dtype: torch.dtype, partials: torch.Tensor, norm: torch.Tensor, max_norm: float, order: int = 2
 ) -> None:
-    """Clips the gradients by the norm that all partials make, and writes it to norm ()."""
+    """Clips the gradients by the norm that all partials make, and writes it to norm (), of any float dtype."""
     clip_kernel[(tables.programs,)](
         tables.table, tables.chunks, partials, norm, tables.tensors, tables.blocks, partials.numel(), max_norm,
         ORDER=order, GRAD_DTYPE=TRITON_DTYPES[dtype], BLOCK=BLOCK, num_warps=WARPS, **LAUNCH_OPTIONS,

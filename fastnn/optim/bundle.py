@@ -1,6 +1,5 @@
 """A bundle: parameters that one launch steps, with the tables, addresses and step counts kept from step to step."""
 
-import contextlib
 import operator
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..memory import copy_in_layout, on, same_layout
 
 if dispatch.HAS_KERNELS:
     from ..kernels import gradient_norm, multi_tensor, tables
@@ -51,27 +51,6 @@ def local(tensor: Tensor) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
-def is_capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Makes it the current device where it is not."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
-
-
-def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape lie alike in memory; the strides of dimensions of one element do not count."""
-    return all(m == n for size, m, n in zip(a.shape, a.stride(), b.stride(), strict=True) if size != 1)
-
-
-def copy_in_layout(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy of `tensor` that lies in memory as `like`, which is dense."""
-    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-
-
 def is_gradient(grad: Tensor, param: Tensor) -> bool:
     """Whether the kernel can take it as the gradient of that parameter, in a copy at most."""
     if type(grad) is not Tensor and not (type(grad) is type(param) and grad.placements == param.placements):  # type: ignore[attr-defined]
@@ -84,6 +63,36 @@ def is_gradient(grad: Tensor, param: Tensor) -> bool:
     )
 
 
+class HostCounts:
+    """Counts that torch keeps on the host: a row of one vector each, moved on in one go.
+
+    The kernel moves a mirror of them on by itself, so that a step uploads nothing.
+    """
+
+    def __init__(self, counts: list[list[Tensor]], device: torch.device) -> None:
+        self.host = torch.tensor([list(map(float, row)) for row in counts], dtype=counts[0][0].dtype, device="cpu")
+        self.steps = self.host[0]
+        self.mirror = torch.empty_like(self.host, dtype=torch.float32, device=device)
+        self.reflect()
+
+    def reflect(self) -> None:
+        self.mirror.copy_(self.host)
+        self.version = self.host._version
+
+    def catch_up(self) -> None:
+        """Takes up what someone has written to a count."""
+        if self.host._version != self.version:
+            self.reflect()
+
+    def move(self, moved: Tensor | None, momentum: Callable[[Tensor], Tensor]) -> None:
+        """One step of those moved (None: of all); what multiplies the products follows from the new steps."""
+        self.steps.add_(1 if moved is None else moved)
+        if len(self.host) > 1:
+            factors = momentum(self.steps)
+            self.host[1].mul_(factors if moved is None else torch.where(moved, factors, 1.0))
+        self.version = self.host._version
+
+
 class Bundle:
     """Built once, launched every step."""
 
@@ -92,7 +101,9 @@ class Bundle:
         self.params = [member.param for member in members]
         here = self._local(self.params)
         # What a gradient must have in common with its parameter, in as few calls as tell: 45 ns each per tensor.
-        self.layout_of = Tensor.is_contiguous if all(p.is_contiguous() for p in here) else Tensor.stride
+        self.layout_of: Callable[..., Any] = (
+            Tensor.is_contiguous if all(p.is_contiguous() for p in here) else Tensor.stride
+        )
         self.form_of = nbytes_of if kind.grad_dtype == torch.float32 else nbytes_and_dtype_of
         self.layouts = list(map(self.layout_of, here))
         self.forms = [self.form_of(torch.empty_like(p, dtype=kind.grad_dtype, device="meta")) for p in here]
@@ -104,7 +115,9 @@ class Bundle:
         addresses |= self._adopt_counters()
         self.param_addresses = addresses[tables.PARAM.value]
         self.grad_addresses = [0] * len(members)
-        self.groups: tuple[list, list] | None = None
+        self.groups: tuple[list, list] = [], []
+        self.rows: Tensor | None = None
+        self.moved: Tensor | None = None
         self.getters = [operator.itemgetter(name) for name in (*names, *kind.counters)]
         self.states = [member.state for member in members]
         self.entries = [list(map(getter, self.states)) for getter in self.getters]
@@ -122,31 +135,20 @@ class Bundle:
         return list(map(local_of, tensors)) if self.kind.distributed else tensors
 
     def _adopt_counters(self) -> dict[int, list[int]]:
-        """Addresses of the counts that the kernel reads and moves on.
-
-        Counts on the device are the state's own tensors. Counts on the host become views of one vector, moved on in
-        one go; the kernel moves on a mirror of it, so that a step uploads nothing.
-        """
-        self.host: Tensor | None = None
+        """Addresses of the counts that the kernel reads and moves on: the state's own, hidden ones, or mirrors."""
+        self.counts: HostCounts | None = None
         rows = (tables.STEP.value, tables.PRODUCT.value)
-        if not self.kind.counters:
-            hidden = [member.hidden for member in self.members]
-            return {} if hidden[0] is None else {rows[0]: [count.data_ptr() for count in hidden]}
+        hidden = [member.hidden for member in self.members if member.hidden is not None]
         counts = [[member.state[name] for member in self.members] for name in self.kind.counters]
-        if not self.kind.on_device:
-            self.host = torch.tensor([list(map(float, row)) for row in counts], dtype=counts[0][0].dtype, device="cpu")
-            self.mirror = torch.empty_like(self.host, dtype=torch.float32, device=self.kind.device)
-            self.host_steps = self.host[0]
-            self._reflect()
-            for name, views in zip(self.kind.counters, self.host, strict=True):
+        if not counts:
+            counts = [hidden] if hidden else []
+        elif not self.kind.on_device:
+            self.counts = HostCounts(counts, self.kind.device)
+            for name, views in zip(self.kind.counters, self.counts.host, strict=True):
                 for member, view in zip(self.members, views, strict=True):
                     member.state[name] = view
-            counts = list(self.mirror)
+            counts = [list(row) for row in self.counts.mirror]
         return {row: [count.data_ptr() for count in of_row] for row, of_row in zip(rows, counts, strict=False)}
-
-    def _reflect(self) -> None:
-        self.mirror.copy_(self.host)
-        self.version = self.host._version
 
     def holds(self) -> bool:
         """Whether parameters and states are still the tensors, at the addresses, that the tables were made for."""
@@ -165,9 +167,10 @@ class Bundle:
         except (TypeError, RuntimeError):  # one is missing, or has no memory
             regular = False
         if not regular or 0 in addresses or self.kind.distributed:
-            grads, addresses = self._take_one_by_one(grads)
-            if addresses is None:
+            taken = self._take_one_by_one(grads)
+            if taken is None:
                 return False
+            grads, addresses = taken
         self.grads = grads  # copies must live until they are read
         if addresses != self.grad_addresses:
             self.tables.set_gradients(addresses)
@@ -176,13 +179,13 @@ class Bundle:
             self.moved = None if all(present) else torch.tensor(present, device="cpu")
         return True
 
-    def _take_one_by_one(self, grads: list[Tensor | None]) -> tuple[list[Tensor | None], list[int] | None]:
-        """Gradients that lie as their parameters do, copied where they did not, and their addresses."""
+    def _take_one_by_one(self, grads: list[Tensor | None]) -> tuple[list[Tensor | None], list[int]] | None:
+        """(gradients lying as their parameters do, copied where they did not; their addresses), or None if one cannot."""
         found: list[Tensor | None] = []
         for grad, param in zip(grads, self.params, strict=True):
             if grad is not None:
                 if not is_gradient(grad, param) or local(grad).dtype != self.kind.grad_dtype:
-                    return grads, None
+                    return None
                 grad = local(grad)
                 if not same_layout(grad, local(param)):
                     grad = copy_in_layout(grad, local(param))
@@ -200,20 +203,17 @@ class Bundle:
     def add_up(self, partials: Tensor, grad_scale: Tensor | None) -> None:
         gradient_norm.add_up(self.tables, self.kind.grad_dtype, partials, grad_scale=grad_scale)
 
-    def step(self, momentum: Callable[[Tensor, Tensor], Tensor] | None, *clipping_and_scaling: Any) -> None:
+    def step(self, momentum: Callable[[Tensor, Tensor], Tensor], *clipping_and_scaling: Any) -> None:
         """Launches the step and counts it on the host; momentum (columns of the members' rows, steps) is NAdam's."""
-        if self.host is not None and self.host._version != self.version:  # someone has set a count
-            self._reflect()
+        if self.counts is not None:
+            self.counts.catch_up()
         with on(self.kind.device):
             self.launch(*clipping_and_scaling)
-        if self.host is not None:
-            self.host_steps.add_(1 if self.moved is None else self.moved)
-            if momentum is not None:
-                self._multiply_products(momentum)
-            self.version = self.host._version
+        if self.counts is not None:
+            self.counts.move(self.moved, lambda steps: momentum(self._columns(), steps))
 
-    def _multiply_products(self, momentum: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def _columns(self) -> Tensor:
         if self.rows is None:
-            self.rows = torch.tensor([self.groups[0][m.group] for m in self.members], dtype=torch.float64, device="cpu")
-        factors = momentum(self.rows.T, self.host_steps)
-        self.host[1].mul_(factors if self.moved is None else torch.where(self.moved, factors, 1.0))
+            rows = [self.groups[0][member.group] for member in self.members]
+            self.rows = torch.tensor(rows, dtype=torch.float64, device="cpu").T
+        return self.rows

@@ -54,7 +54,7 @@ def step(optimizer: "MultiTensorOptimizer", eager: list[list[Tensor]], clip: Ten
         for i, param in enumerate(group["params"]):
             wide = param.dtype in NARROW and optimizer.computes_wide(param.dtype)
             if param.grad is not None and (wide or clip is not None or optimizer.l1):
-                group["params"][i] = _stand_in(optimizer, group, param, clip, wide)
+                group["params"][i] = _stand_in(optimizer, group, param, param.grad, clip, wide)
                 stand_ins.append((param, group["params"][i], wide))
     optimizer.param_groups = own
     try:
@@ -66,9 +66,14 @@ def step(optimizer: "MultiTensorOptimizer", eager: list[list[Tensor]], clip: Ten
 
 
 def _stand_in(
-    optimizer: "MultiTensorOptimizer", group: dict[str, Any], param: Tensor, clip: Tensor | None, wide: bool
+    optimizer: "MultiTensorOptimizer",
+    group: dict[str, Any],
+    param: Tensor,
+    grad: Tensor,
+    clip: Tensor | None,
+    wide: bool,
 ) -> Tensor:
-    grad, stand_in = param.grad, param.detach()
+    stand_in = param.detach()
     if wide:
         grad, stand_in = grad.float(), stand_in.float()
     if clip is not None:

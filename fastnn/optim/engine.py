@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from ..memory import is_capturing
 from . import eager
-from .bundle import is_capturing
 from .plan import Plan, is_addressable, is_distributed
 
 FLAGS = ("fused", "foreach", "capturable", "differentiable")  # the constructor's, which a checkpoint does not change
 EXTRAS = ("max_grad_norm", "l1", "state_dtype", "stochastic_rounding")
-COLUMNS = 9  # of kernels.update_rules, which is not there without Triton
+COLUMNS, OWN = 9, 5  # of a row of hyperparameters, as in kernels.update_rules, which is not there without Triton
 
 
 class MultiTensorOptimizer(torch.optim.Optimizer):
@@ -42,7 +42,6 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
     rule: ClassVar[str]  # the name in kernels.update_rules
     counters: ClassVar[tuple[str, ...]] = ("step",)
-    momentum: ClassVar[Callable[[Tensor, Tensor], Tensor] | None] = None  # NAdam's, which its product is made of
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -100,6 +99,11 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
     def check_sparse(self, group: dict[str, Any], param: Tensor) -> None:
         """Raises what torch raises only in the midst of a step, for a gradient that may be sparse."""
+
+    @staticmethod
+    def momentum(rows: Tensor, steps: Tensor) -> Tensor:
+        """What a step multiplies a second counter by; rows (COLUMNS, tensors), steps (tensors,)."""
+        raise NotImplementedError
 
     # What the plan asks
 
@@ -246,7 +250,9 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             self.grad_norm = norm.full_tensor() if is_distributed(norm) else norm  # type: ignore[attr-defined]
             clip = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
         if plan.eager_params:
-            scaling = {name: vars(self).pop(name) for name in ("grad_scale", "found_inf") if name in vars(self)}
+            scaling: dict[str, Any] = {
+                name: vars(self).pop(name) for name in ("grad_scale", "found_inf") if name in vars(self)
+            }
             try:
                 eager.step(self, plan.eager, clip)
             finally:

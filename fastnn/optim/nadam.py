@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine import MultiTensorOptimizer
+from .engine import OWN, MultiTensorOptimizer
 
 
 class NAdam(MultiTensorOptimizer, torch.optim.NAdam):
@@ -24,6 +24,6 @@ class NAdam(MultiTensorOptimizer, torch.optim.NAdam):
         return *group["betas"], group["eps"], group["momentum_decay"]
 
     @staticmethod
-    def momentum(rows: Tensor, step: Tensor) -> Tensor:
-        beta1, momentum_decay = rows[5], rows[8]
-        return beta1 * (1 - 0.5 * 0.96 ** (step * momentum_decay))
+    def momentum(rows: Tensor, steps: Tensor) -> Tensor:
+        beta1, momentum_decay = rows[OWN], rows[OWN + 3]
+        return beta1 * (1 - 0.5 * 0.96 ** (steps * momentum_decay))

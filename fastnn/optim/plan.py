@@ -2,7 +2,7 @@
 
 import operator
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch
-from .bundle import Bundle, Kind, Member, copy_in_layout, is_gradient, local, on, same_layout
+from ..memory import copy_in_layout, is_dense, on, same_layout
+from .bundle import Bundle, Kind, Member, is_gradient, local
 from .eager import check
 
 if TYPE_CHECKING:
@@ -23,11 +24,6 @@ Group = dict[str, Any]
 def is_distributed(tensor: Tensor) -> bool:
     module = sys.modules.get("torch.distributed.tensor")  # not imported: there is no DTensor
     return module is not None and type(tensor) is module.DTensor
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill their memory without gaps or overlaps, in any order of dimensions."""
-    return tensor.is_contiguous() or same_layout(torch.empty_like(tensor, device="meta"), tensor)
 
 
 def is_addressable(value: Any, device: torch.device) -> bool:
@@ -96,10 +92,11 @@ class Plan:
         self.waiting: list[Tensor] = []
         self.eager: list[list[Tensor]] = [[] for _ in groups]
         members: dict[Kind, list[Member]] = defaultdict(list)
+        times = Counter(self.params)  # torch steps a parameter that is listed twice twice, one after the other
         served: list[tuple[int, Tensor]] = []
         for i, group in enumerate(groups):
             for param in group["params"]:
-                if not is_served(optimizer, group, param):
+                if times[param] > 1 or not is_served(optimizer, group, param):
                     self.eager[i].append(param)
                 elif param.grad is None and not optimizer.state.get(param):
                     self.waiting.append(param)
@@ -117,7 +114,7 @@ class Plan:
         seed = optimizer.next_seed()
         self.bundles = [Bundle(kind, of_kind, optimizer.rule, seed) for kind, of_kind in members.items()]
         self.eager_params = [*chain.from_iterable(self.eager)]
-        self.counts_on_host = any(bundle.host is not None for bundle in self.bundles)
+        self.counts_on_host = any(bundle.counts is not None for bundle in self.bundles)
         devices = {bundle.kind.device for bundle in self.bundles}
         self.adds_up = len(devices) == 1 and not any(bundle.kind.distributed for bundle in self.bundles)
         self.norm: Tensor | None = None
@@ -148,7 +145,7 @@ class Plan:
 
     def launch(
         self,
-        momentum: Callable[[Tensor, Tensor], Tensor] | None,
+        momentum: Callable[[Tensor, Tensor], Tensor],
         max_grad_norm: float | None,
         partials: Tensor | None,
         grad_scale: Tensor | None,
