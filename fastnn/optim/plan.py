@@ -54,7 +54,7 @@ def is_served(optimizer: "MultiTensorOptimizer", group: Group, param: Tensor) ->
 
 def kind_of(optimizer: "MultiTensorOptimizer", group: Group, param: Tensor) -> Kind | None:
     """The bundle of a served parameter; None where its state is not one the kernels can take."""
-    state, here = optimizer.state[param], local(param)
+    state, here = optimizer.state.get(param, {}), local(param)
     names, on_device = optimizer.state_names(group), bool(group.get("capturable") or group.get("fused"))
     present = [local(state.get(name)) for name in names if name is not None]
     counts = [state.get(name) for name in optimizer.counters]
@@ -118,6 +118,7 @@ class Plan:
         devices = {bundle.kind.device for bundle in self.bundles}
         self.adds_up = len(devices) == 1 and not any(bundle.kind.distributed for bundle in self.bundles)
         self.norm: Tensor | None = None
+        self.entries = list(self.state.values())
         self.set_groups(optimizer)
 
     def gather(self) -> bool:
@@ -173,6 +174,8 @@ class Plan:
         params = [*chain.from_iterable(g["params"] for g in groups)]
         if (
             self.state is not optimizer.state
+            or len(self.state) != len(self.entries)
+            or not all(map(operator.is_, self.state.values(), self.entries))
             or len(params) != len(self.params)
             or not all(map(operator.is_, params, self.params))
             or not all(bundle.holds() for bundle in self.bundles)
