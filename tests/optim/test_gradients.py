@@ -140,7 +140,7 @@ def test_parameters_and_state_that_move_or_are_replaced():
         optimizer.state.pop(params[0])
 
     def remove(optimizer, params):
-        optimizer.param_groups[0]["params"].remove(params[2])
+        del optimizer.param_groups[0]["params"][2]
 
     def add_group(optimizer, params):
         optimizer.add_param_group({"params": [params[2]], "lr": 0.3})
