@@ -180,7 +180,7 @@ class Bundle:
         return True
 
     def _take_one_by_one(self, grads: list[Tensor | None]) -> tuple[list[Tensor | None], list[int]] | None:
-        """(gradients lying as their parameters do, copied where they did not; their addresses), or None if one cannot."""
+        """(gradients that lie as their parameters do, in a copy if need be; their addresses); None if one cannot."""
         found: list[Tensor | None] = []
         for grad, param in zip(grads, self.params, strict=True):
             if grad is not None:

@@ -72,16 +72,18 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
         self.seed = int(torch.randint(2**62, (), device="cpu")) if stochastic_rounding else None
         self.grad_norm: Tensor | None = None
-        self._forget_plan()
+        self._forget()
         super().__init__(*args, **kwargs)
         extras = max_grad_norm is not None or l1 or state_dtype is not None or stochastic_rounding
         if extras and any(group["differentiable"] for group in self.param_groups):
             raise RuntimeError(f"{', '.join(EXTRAS)} do not support `differentiable`")
 
-    def _forget_plan(self) -> None:
+    def _forget(self) -> None:
+        """Whatever is known of parameters and state beyond themselves."""
         self._plan: Plan | None = None
         self._captured: list[Plan] = getattr(self, "_captured", [])  # what graphs replay lives as long as we do
         self._hidden_counts: dict[Tensor, Tensor] = {}
+        self._may_have_skipped = False
 
     # What an algorithm says of itself
 
@@ -202,6 +204,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         if plan is None or is_capturing() or not (plan.holds(self) and plan.gather()):
             plan = self._new_plan()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self._may_have_skipped = self._may_have_skipped or found_inf is not None
         partials = None
         if plan.needs_torch(self.max_grad_norm, found_inf):
             with torch.no_grad():
@@ -262,7 +265,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
     # Checkpoints and copies
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self._forget_plan()
+        self._plan = None
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -311,4 +314,4 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forget_plan()
+        self._forget()

@@ -34,3 +34,19 @@ class SGD(MultiTensorOptimizer, torch.optim.SGD):
         if group["momentum"] == 0 and not self.stochastic_rounding:
             return None
         return self._hidden_counts.setdefault(param, torch.ones((), device=param.device))
+
+    def _forget_unbegun(self) -> None:
+        """Takes back the buffers of parameters whose first step an overflow has skipped: None, as torch has it then."""
+        if self._may_have_skipped:
+            for param, count in self._hidden_counts.items():
+                if count.item() == 0 and param in self.state:
+                    self.state[param]["momentum_buffer"] = None
+            self._plan, self._may_have_skipped = None, False
+
+    def state_dict(self) -> dict[str, Any]:
+        self._forget_unbegun()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._forget_unbegun()
+        return super().__getstate__()
