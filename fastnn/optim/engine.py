@@ -45,13 +45,14 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__init__" in vars(cls):
-            return
-        base = cls.__mro__[cls.__mro__.index(MultiTensorOptimizer) + 1]
-        own = inspect.signature(MultiTensorOptimizer.__init__).parameters
-        extras = [own[name] for name in EXTRAS]
-        signature = inspect.signature(base)
-        cls.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *extras])  # type: ignore[attr-defined]
+        if "__init__" in vars(cls):  # a user's
+            signature = inspect.signature(vars(cls)["__init__"])
+            parameters = [*signature.parameters.values()][1:]
+        else:
+            signature = inspect.signature(cls.__mro__[cls.__mro__.index(MultiTensorOptimizer) + 1])
+            own = inspect.signature(MultiTensorOptimizer.__init__).parameters
+            parameters = [*signature.parameters.values(), *(own[name] for name in EXTRAS)]
+        cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
 
     def __init__(
         self,
