@@ -1,7 +1,8 @@
 """Train the MLP of a deep-learning course on scikit-learn's digits, with torch.nn and then with fastnn.
 
-Both runs start from the same weights and see the same batches; only the Sequential differs. The weights of the epoch
-with the best validation accuracy are restored before the one look at the test part. The curves go to digits.png.
+Both runs start from the same weights and see the same batches; only the library that Sequential and optimizer are from
+differs. The weights of the epoch with the best validation accuracy are restored before the one look at the test part.
+The curves go to digits.png. `--optimizer all` trains with every optimizer in turn: two rows and two panels for each.
 
     $ python examples/digits.py
     implementation   test accuracy %   test loss   median step ms   GPU kernels/step
@@ -14,6 +15,7 @@ with the best validation accuracy are restored before the one look at the test p
 import argparse
 import time
 from statistics import mean, median
+from types import ModuleType
 
 import matplotlib.pyplot as plt
 import torch
@@ -24,11 +26,22 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import nn
+from torch.optim import Optimizer
 
 import fastnn
 from fastnn import dispatch
 
 TRAIN, VALIDATION, TEST = 1257, 180, 360  # images: 70, 10 and 20 per cent of 1797
+LIBRARIES = {"torch.nn": torch, "fastnn.nn": fastnn}
+OPTIMIZERS: dict[str, tuple[str, dict]] = {  # the class, of the same name in both, and arguments that suit the digits
+    "sgd": ("SGD", {"lr": 0.03, "momentum": 0.9, "nesterov": True}),
+    "adam": ("Adam", {"lr": 1e-3}),
+    "adamw": ("AdamW", {"lr": 1e-3}),
+    "nadam": ("NAdam", {"lr": 1e-3}),
+    "rmsprop": ("RMSprop", {"lr": 1e-3}),
+    "adagrad": ("Adagrad", {"lr": 0.01}),
+    "adadelta": ("Adadelta", {"lr": 1.0}),
+}
 Part = tuple[torch.Tensor, torch.Tensor]
 Run = tuple[list[float], list[float], list[str]]  # every epoch's training loss and validation accuracy; the table's row
 
@@ -60,9 +73,16 @@ def evaluate(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[float,
     return 100 * (logits.argmax(1) == y).float().mean().item(), nn.functional.cross_entropy(logits, y).item()
 
 
-def train(model: nn.Module, parts: list[Part], args: argparse.Namespace, name: str) -> Run:
+def prepare(library: ModuleType, name: str, args: argparse.Namespace) -> tuple[nn.Module, Optimizer]:
+    torch.manual_seed(args.seed)  # the initial weights, for every run the same
+    model = build(library.nn.Sequential, args.hidden, args.dropout).to(args.device)
+    class_name, settings = OPTIMIZERS[name]
+    lr = {"lr": args.lr} if "lr" in args else {}
+    return model, getattr(library.optim, class_name)(model.parameters(), **settings | lr)
+
+
+def train(model: nn.Module, optimizer: Optimizer, parts: list[Part], args: argparse.Namespace, label: str) -> Run:
     (x, y), validation, test = parts
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     torch.manual_seed(args.seed)  # the dropout masks
     shuffle = torch.Generator().manual_seed(args.seed)  # the order of the batches
 
@@ -75,7 +95,7 @@ def train(model: nn.Module, parts: list[Part], args: argparse.Namespace, name: s
         return loss.item(), 1000 * (time.perf_counter() - start)  # item() waits for the whole step on a GPU
 
     losses, accuracies, times, best = [], [], [], (-1.0, 0.0)
-    for _ in track(range(args.epochs), f"{name:9}"):
+    for _ in track(range(args.epochs), label):
         model.train()
         batches = torch.randperm(TRAIN, generator=shuffle).to(x.device).split(args.batch_size)
         steps = [step(batch) for batch in batches if len(batch) == args.batch_size]  # the last may be incomplete
@@ -97,19 +117,24 @@ def train(model: nn.Module, parts: list[Part], args: argparse.Namespace, name: s
     return losses, accuracies, [f"{accuracy:.2f}", f"{loss:.4f}", f"{median(times):.3f}", kernels]
 
 
-def draw(runs: dict[str, Run], args: argparse.Namespace) -> None:
+def draw(runs: dict[tuple[str, str], Run], args: argparse.Namespace) -> None:
     plt.switch_backend("Agg")
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    figure = plt.figure(figsize=(11, 2.2 + 2.2 * len(args.optimizer)), layout="constrained")
+    rows = figure.subplots(len(args.optimizer), 2, sharex=True, sharey="col", squeeze=False)
     figure.suptitle(f"MLP on scikit-learn's digits, trained with torch.nn and with fastnn.nn on {args.device}")
-    axes[0].set(title="Training loss", ylabel="mean cross-entropy (nats)", yscale="log")
-    axes[1].set(title="Validation accuracy", ylabel="accuracy (%)")
     epochs = range(1, args.epochs + 1)
-    for i, ax in enumerate(axes):
-        ax.plot(epochs, runs["torch.nn"][i], "o-", color="tab:orange", lw=4, alpha=0.5, label="torch.nn")
-        ax.plot(epochs, runs["fastnn.nn"][i], ".--", color="tab:blue", label="fastnn.nn")  # on a CPU over the other
-        ax.set(xlabel="epoch", xticks=range(0, args.epochs + 1, max(1, args.epochs // 8)))
-        ax.grid(alpha=0.3)
-        ax.legend(loc=("upper right", "lower right")[i])
+    for name, axes in zip(args.optimizer, rows, strict=True):
+        axes[0].set(title=f"Training loss, {name}", ylabel="mean cross-entropy (nats)", yscale="log")
+        axes[1].set(title=f"Validation accuracy, {name}", ylabel="accuracy (%)")
+        plain, fused = (runs[name, implementation] for implementation in LIBRARIES)
+        for i, ax in enumerate(axes):
+            ax.plot(epochs, plain[i], "o-", color="tab:orange", lw=4, alpha=0.5, label="torch.nn")
+            ax.plot(epochs, fused[i], ".--", color="tab:blue", label="fastnn.nn")  # on a CPU over the other
+            ax.set(xticks=range(0, args.epochs + 1, max(1, args.epochs // 8)))
+            ax.grid(alpha=0.3)
+            ax.legend(loc=("upper right", "lower right")[i])
+    for ax in rows[-1]:
+        ax.set(xlabel="epoch")
     figure.savefig(args.figure, dpi=150)
 
 
@@ -119,11 +144,13 @@ def parse_arguments() -> argparse.Namespace:
     style, usage = argparse.ArgumentDefaultsHelpFormatter, argparse.SUPPRESS  # without a usage an error is one line
     parser = argparse.ArgumentParser(usage=usage, description=(__doc__ or "").split("\n")[0], formatter_class=style)
     add = parser.add_argument
+    names = [*OPTIMIZERS, "all"]
+    add("--optimizer", nargs="+", choices=names, default=["adam"], metavar="NAME", help=", ".join(names))
     add("--epochs", type=int, default=40, help="passes over the training part")
     add("--batch-size", type=int, default=64, help="images per step")
     add("--hidden", type=int, nargs="+", default=[256, 128], metavar="WIDTH", help="widths of the blocks")
     add("--dropout", type=float, default=0.3, help="probability of dropping a value")
-    add("--lr", type=float, default=1e-3, help="Adam's learning rate")
+    add("--lr", type=float, default=argparse.SUPPRESS, help="learning rate (default: the optimizer's own)")
     add("--seed", type=int, default=0, help="of the split, the weights, the batches and the dropout")
     add("--device", choices=devices, default=devices[0], help="where both train")
     add("--figure", default="digits.png", metavar="PATH", help="where the curves go: .png, .pdf or .svg")
@@ -133,7 +160,7 @@ def parse_arguments() -> argparse.Namespace:
         ("--batch-size", 2 <= args.batch_size <= TRAIN, f"from 2 to {TRAIN}"),
         ("--hidden", min(args.hidden) >= 1, "at least 1"),
         ("--dropout", 0 <= args.dropout <= 1, "from 0 to 1"),
-        ("--lr", 0 < args.lr < float("inf"), "positive and finite"),
+        ("--lr", 0 < getattr(args, "lr", 1) < float("inf"), "positive and finite"),
         ("--seed", 0 <= args.seed < 2**32, "from 0 to 2**32 - 1"),
         ("--figure", args.figure.endswith((".png", ".pdf", ".svg")), "a .png, .pdf or .svg"),
     ):
@@ -143,6 +170,7 @@ def parse_arguments() -> argparse.Namespace:
         open(args.figure, "ab").close()
     except OSError as error:
         parser.error(f"argument --figure: cannot write {args.figure}: {error.strerror}")
+    args.optimizer = list(OPTIMIZERS if "all" in args.optimizer else dict.fromkeys(args.optimizer))
     return args
 
 
@@ -150,16 +178,18 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(1)  # layers this small gain nothing from more, and on a busy CPU lose by it
     parts = load(args.seed, args.device)
-    torch.manual_seed(args.seed)  # the initial weights
-    plain = build(nn.Sequential, args.hidden, args.dropout).to(args.device)
-    fused = build(fastnn.nn.Sequential, args.hidden, args.dropout).to(args.device)
-    fused.load_state_dict(plain.state_dict())
-    runs = {name: train(model, parts, args, name) for name, model in (("torch.nn", plain), ("fastnn.nn", fused))}
-    table = Table("implementation", box=box.SIMPLE, show_edge=False, pad_edge=False)
+    runs = {}
+    for name in args.optimizer:
+        for implementation, library in LIBRARIES.items():
+            model, optimizer = prepare(library, name, args)
+            runs[name, implementation] = train(model, optimizer, parts, args, f"{name:8} {implementation:9}")
+    several = len(args.optimizer) > 1
+    table = Table(*["optimizer"] * several, box=box.SIMPLE, show_edge=False, pad_edge=False)
+    table.add_column("implementation", no_wrap=True)
     for heading in ("test accuracy %", "test loss", "median step ms", "GPU kernels/step"):
         table.add_column(heading, justify="right")
-    for name, (_, _, row) in runs.items():
-        table.add_row(name, *row)
+    for (name, implementation), (_, _, row) in runs.items():
+        table.add_row(*[name] * several, implementation, *row)
     print(table)
     draw(runs, args)
     path = dispatch.device_path(torch.device(args.device))
