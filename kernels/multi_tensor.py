@@ -32,7 +32,8 @@ from .tables import (
 )  # fmt: skip
 from .update_rules import COLUMNS, DECOUPLED, L1, LR, SIGN, WEIGHT_DECAY, hyperparameter
 
-OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True, "maxnreg": 128}  # 16 warps to a multiprocessor, no spill
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
+REGISTERS, REGISTERS_FOR_THREE_STATES = 128, 168  # 16 and 12 warps to a multiprocessor; with less, ptxas spills
 ACROSS = tl.constexpr(256)  # tensors whose steps are counted at a time
 
 
@@ -207,6 +208,8 @@ class Launcher:
 
     def __init__(self, step: Step, tables: Tables, seed: int = 0) -> None:
         self.constants, self.tables, self.seed = step.constants(), tables, seed
+        registers = REGISTERS if step.present.bit_count() < 3 else REGISTERS_FOR_THREE_STATES
+        self.options = OPTIONS | {"maxnreg": registers}
         self.arrived = torch.zeros((), dtype=torch.int32, device=tables.device)
         self._kept: dict = {}
 
@@ -234,6 +237,6 @@ class Launcher:
             launch(*arguments)
             return
         grid = tables.programs, 1, 1
-        compiled = step_kernel[grid](*arguments, **OPTIONS)
+        compiled = step_kernel[grid](*arguments, **self.options)
         if not INTERPRETED:
             self._kept[given] = compiled[grid]

@@ -48,7 +48,7 @@ def lerp(mean, g, beta, rest):
 
 @triton.jit
 def one_minus_power(rest, exponent):
-    """1 - (1 - rest)^exponent, to a few units in the last place; rest in (0, 1], exponent >= 0.
+    """1 - (1 - rest)^exponent, to a few units in the last place; rest in (0, 1], exponent >= 1.
 
     -expm1(exponent · log1p(-rest)) in fp32, which 1 - beta**step is not: near 1 it loses what it subtracts. The
     logarithm is the series of -2·atanh(s), s <= 0.18; what it leaves out is 3e-9 of it.

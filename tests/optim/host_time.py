@@ -1,0 +1,77 @@
+"""What a step costs on the host, ours and torch's fused Adam in turn; prints JSON. Run by test_host.py.
+
+Kernels compile for sm_90 and are launched by a driver that only counts. torch's fused Adam runs on the CPU, on
+tensors so small that its arithmetic is nothing; what it counts and dispatches there, it would launch on a GPU.
+"""
+
+import json
+import sys
+import time
+
+import torch
+from support.ahead_of_time import stand_in_driver
+from support.optimizers import parameters, set_gradients
+
+import fastnn
+from fastnn import dispatch
+from fastnn.kernels import tables
+
+
+def microseconds(step, repeats: int = 40) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    return (time.perf_counter() - start) / repeats * 1e6
+
+
+def compare(count: int, launches: list) -> dict:
+    """The best of several turns, so that another process on the machine does not decide."""
+    params = parameters([(8,)] * count)
+    set_gradients(0, params)
+    theirs, ours = torch.optim.Adam(params, fused=True), fastnn.optim.Adam(params, fused=True)
+    theirs.step(), ours.step()
+    launches.clear()
+    ours.step()
+    per_step = len(launches)
+    turns = [(microseconds(theirs.step), microseconds(ours.step)) for _ in range(50)]
+    return {"theirs": min(turn[0] for turn in turns), "ours": min(turn[1] for turn in turns), "launches": per_step}
+
+
+def upload(launches: list) -> dict:
+    """Uploads and compilations of steps between which a schedule changes every number."""
+    params = parameters([(8,), (5, 3), (2000,)])
+    optimizer = fastnn.optim.AdamW([{"params": params[:1]}, {"params": params[1:]}], lr=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=20)  # beta1 as well
+    set_gradients(0, params)
+    optimizer.step()
+    uploads, sizes, stage = [], [], tables.Tables._stage
+
+    def counted(self, name, values, *dtype):
+        staged = stage(self, name, values, *dtype)
+        uploads.append(name)
+        sizes.append(staged.numel() * staged.element_size())
+        return staged
+
+    tables.Tables._stage = counted
+    launches.clear()
+    for _ in range(10):
+        schedule.step()
+        optimizer.step()
+    moving, compiled = list(uploads), {id(launch.compiled) for launch in launches}
+    uploads.clear()
+    for _ in range(5):
+        optimizer.step()
+    return {"uploads": moving, "bytes": max(sizes), "compiled": len(compiled), "idle": uploads, "steps": len(launches)}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dispatch.device_path = lambda device: dispatch.Path("triton")
+    with stand_in_driver(90) as launches:
+        tensors = {count: compare(count, launches) for count in (10, 60, 300)}
+        result = {"tensors": tensors, "schedule": upload(launches)}
+    json.dump(result, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
