@@ -1,4 +1,6 @@
-"""Fused Triton kernels for Linear + BatchNorm + ReLU + Dropout, as drop-in torch.nn modules.
+"""Fused Triton kernels as drop-in torch.nn modules and torch.optim optimizers.
+
+``nn`` fuses Linear + BatchNorm + ReLU + Dropout, ``optim`` takes each step of an optimizer in one launch.
 
 ``python -m fastnn`` reports the environment and checks every kernel on the device at hand.
 """

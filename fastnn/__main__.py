@@ -3,12 +3,13 @@
 Without a GPU the kernels run in Triton's interpreter. Exit status 1 if a row of the check fails.
 """
 
+import functools
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ import fastnn
 from fastnn import dispatch, ops, reference
 
 ROWS, IN, OUT, P = 70, 19, 24, 0.3
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9, "nesterov": True}, "Adam": {"amsgrad": True}, "AdamW": {}, "NAdam": {},
+    "RMSprop": {"momentum": 0.9, "centered": True}, "Adagrad": {}, "Adadelta": {},
+}  # fmt: skip
+STEPS, ELEMENTS = 3, 1100  # one block accessed 16 bytes at a time, and a rest
 STREAMED_ROWS = 1100  # more than a column's register tile holds, so that both passes stream
 TENSORS = ("out", "d input", "d weight", "d bias", "d gamma", "d beta", "running_mean", "running_var")
 
@@ -91,7 +97,7 @@ def run_block(tensors: dict[str, Tensor], check: Check, compute: Callable[..., T
     return result
 
 
-def errors(check: Check, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, float, float]]:
+def block_errors(check: Check, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, float, float]]:
     """(tensor, the kernels' relative error, eager's) against float64."""
     tensors = draw_tensors(check, dtype, device)
     key = torch.tensor(0x5EED, dtype=torch.int64)
@@ -108,26 +114,69 @@ def errors(check: Check, dtype: torch.dtype, device: torch.device) -> Iterator[t
         ours = run_block(tensors, check, fused)
     theirs = run_block(tensors, check, eager)
     exact = run_block({name: t.double() for name, t in tensors.items()}, check, eager)
-    for name, reference_value in exact.items():
-        norm = reference_value.norm().item() or 1.0
-        yield name, *((r[name].double() - reference_value).norm().item() / norm for r in (ours, theirs))
+    yield from compare(ours, theirs, exact)
+
+
+def compare(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor]
+) -> Iterator[tuple[str, float, float]]:
+    for name, truth in exact.items():
+        norm = truth.double().norm().item() or 1.0
+        yield name, *((result[name].double() - truth).norm().item() / norm for result in (ours, theirs))
+
+
+def optimizer_errors(name: str, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """The same of parameters and state after a few steps; eager is torch.optim's for-loop."""
+    eps = {} if name == "SGD" else {"eps": 1e-3 if dtype == torch.float16 else 1e-8}  # which float16 does not hold
+
+    def train(module: Any, dtype: torch.dtype, **settings: Any) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn((STEPS + 1, ELEMENTS), generator=generator).to(device, narrow)
+        param = torch.nn.Parameter(drawn[0].to(dtype, copy=True))
+        optimizer = getattr(module, name)([param], lr=0.1, **settings, **OPTIMIZERS[name], **eps)
+        for grad in drawn[1:]:
+            param.grad = grad.to(dtype)
+            optimizer.step()
+        state = {key: value for key, value in optimizer.state[param].items() if value.shape == param.shape}
+        return {"param": param.detach(), **state}
+
+    narrow = dtype
+    exact = train(torch.optim, torch.float64, foreach=False)
+    yield from compare(train(fastnn.optim, dtype), train(torch.optim, dtype, foreach=False), exact)
+
+
+def clip_errors(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """The same of gradients and their norm."""
+    grad = torch.randn(ELEMENTS, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+    def clip(function: Callable[..., Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        param = torch.nn.Parameter(torch.zeros(ELEMENTS, dtype=dtype, device=device))
+        param.grad = grad.to(dtype, copy=True)
+        return {"norm": function(param, 1.0), "grad": param.grad}
+
+    ours, theirs = fastnn.nn.utils.clip_grad_norm_, torch.nn.utils.clip_grad_norm_
+    yield from compare(clip(ours, dtype), clip(theirs, dtype), clip(theirs, torch.float64))
+
+
+def all_checks() -> Iterator[tuple[str, Callable[..., Iterator[tuple[str, float, float]]]]]:
+    yield from ((check.kernel, functools.partial(block_errors, check)) for check in CHECKS)
+    yield from ((f"{name} step", functools.partial(optimizer_errors, name)) for name in OPTIMIZERS)
+    yield "clip_grad_norm_", clip_errors
 
 
 def check_kernels(device: torch.device) -> bool:
     """Prints a row per kernel and dtype with its worst tensor; true if all hold."""
-    print(f"{'kernel':<26}{'dtype':<10}{'worst tensor':<14}{'error':>10}{'eager':>10}")
+    print(f"{'kernel':<26}{'dtype':<10}{'worst tensor':<16}{'error':>10}{'eager':>10}")
     all_hold = True
-    for check in CHECKS:
+    for kernel, errors in all_checks():
         for dtype in dispatch.KERNEL_DTYPES:
             eps = torch.finfo(dtype).eps
             # The bound on one draw: four times what eager loses, and a rounding of the result itself.
-            rows = [
-                (ours / (4 * theirs + eps), name, ours, theirs) for name, ours, theirs in errors(check, dtype, device)
-            ]
+            rows = [(ours / (4 * theirs + eps), name, ours, theirs) for name, ours, theirs in errors(dtype, device)]
             worst, name, ours, theirs = max(rows)
             holds = worst <= 1 and all(row[0] == row[0] for row in rows)
             all_hold &= holds
-            print(f"{check.kernel:<26}{str(dtype)[6:]:<10}{name:<14}{ours:>10.1e}{theirs:>10.1e}"
+            print(f"{kernel:<26}{str(dtype)[6:]:<10}{name:<16}{ours:>10.1e}{theirs:>10.1e}"
                   f"  {'ok' if holds else 'FAILED'}")  # fmt: skip
     return all_hold
 
