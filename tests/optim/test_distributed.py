@@ -52,6 +52,8 @@ class Workers:
 
     def __call__(self, function: str, *args: Any) -> Answers:
         """The results of a function of distributed_worker on the two processes."""
+        if not all(process.is_alive() for process in self.processes):
+            self.stop(force=True)
         if not self.processes:
             self.start()
         for connection in self.connections:
@@ -63,7 +65,7 @@ class Workers:
             for connection in ready:
                 try:
                     went_well, answers[connection] = pickle.loads(connection.recv_bytes())
-                except EOFError:
+                except (EOFError, OSError):
                     went_well, answers[connection] = False, "the process is gone"
                 if not went_well:
                     end = min(end, time.monotonic() + 2)  # the other may say why, or wait in vain
@@ -163,7 +165,7 @@ def test_fsdp2_shards_are_served_by_the_kernels_but_for_empty_ones(workers):
     assert empty == [set(), {"6.weight", "6.bias"}]
 
 
-@pytest.mark.parametrize(("name", "options"), OPTIMIZERS)
+@pytest.mark.parametrize(("name", "options"), OPTIMIZERS[:2])
 def test_fsdp2_clips_to_the_norm_over_all_processes(workers, name, options):
     """As torch.nn.utils.clip_grad_norm_ before torch's step; of the five norms some are above the limit."""
     limit = 1.2
@@ -240,8 +242,6 @@ def test_zero_redundancy_optimizer_trains_as_one_process_on_the_joined_batch(wor
         assert_near(gathered["state"][index], entry, 1e-4)
 
 
-# BUG: with fastnn. Plan.holds() looks at the entries of the state by the dicts it has kept, and does not see that
-# ZeroRedundancyOptimizer.load_state_dict has put other dicts into optimizer.state: what was loaded is ignored.
 @pytest.mark.parametrize("library", ["fastnn", "torch"])
 def test_zero_redundancy_optimizer_takes_up_a_checkpoint_in_mid_training(workers, library, tmp_path):
     """ZeRO puts what it loads into the local optimizer's state by itself, past its load_state_dict."""
