@@ -51,11 +51,11 @@ def update_block(
     p, g = load(p_ptr, mask), unscaled(load(g_ptr, mask), grad_scale_ptr)
     if grad_scale_ptr is not None:
         tl.store(g_ptr, to_stored(g, GRAD_DTYPE), mask=mask)  # where torch's fused steps and unscale_ leave it, too
-    # Selected, not multiplied by zero: a parameter may be infinite.
+    # Selected, not multiplied by zero, nor subtracted from itself: a parameter may be infinite.
     g = sign * clip * g
     g = tl.where(weight_decay != 0, g + weight_decay * p, g)
     g = g + tl.where(p > 0, l1, tl.where(p < 0, -l1, 0.0))
-    p = tl.where(shrink != 0, p - shrink * p, p)
+    p = tl.where(shrink == 0, p, tl.where(p - p == 0, p - shrink * p, p))
 
     s0, s1, s2 = p, p, p
     s0_ptr, s1_ptr, s2_ptr = p_ptr, p_ptr, p_ptr

@@ -124,7 +124,7 @@ def load(ptr, mask):
 
 @triton.jit
 def unscaled(g, grad_scale_ptr):
-    """The gradient without GradScaler's factor, a power of two, of which the reciprocal is exact."""
+    """The gradient without GradScaler's factor, by its reciprocal, as torch's unscale_ does."""
     if grad_scale_ptr is not None:
         g = g * (1.0 / tl.load(grad_scale_ptr).to(tl.float32))
     return g

@@ -41,6 +41,12 @@ def smoothing(row, column):
 
 
 @triton.jit
+def root(x):
+    """The square root also of subnormals, which the instruction flushes to 0: with eps = 0, a division by 0."""
+    return tl.where(x < 1e-30, tl.sqrt(x * 16777216.0) * 0.000244140625, tl.sqrt(x))  # 2^24, 2^-12
+
+
+@triton.jit
 def lerp(mean, g, beta, rest):
     """beta · mean + rest · g, in torch.lerp's form, which rounds only once where beta is near 1."""
     return tl.where(rest < 0.5, mean + rest * (g - mean), g - beta * (g - mean))
@@ -101,7 +107,7 @@ def adam(p, g, states, coefficients, PRESENT: tl.constexpr):
     if PRESENT & 4:
         highest = tl.maximum(highest, v, propagate_nan=tl.PropagateNan.ALL)
         second = highest
-    return p - step_size * (m / (tl.sqrt(second) / correction + eps)), (m, v, highest)
+    return p - step_size * (m / (root(second) / correction + eps)), (m, v, highest)
 
 
 @triton.jit
@@ -131,7 +137,7 @@ def nadam(p, g, states, coefficients, PRESENT: tl.constexpr):
     m, v, s2 = states
     m = lerp(m, g, beta1, rest1)
     v = beta2 * v + rest2 * g * g
-    return p - (of_g * g + of_m * m) / (tl.sqrt(v / correction) + eps), (m, v, s2)
+    return p - (of_g * g + of_m * m) / (root(v / correction) + eps), (m, v, s2)
 
 
 @triton.jit
@@ -152,7 +158,7 @@ def rmsprop(p, g, states, coefficients, PRESENT: tl.constexpr):
         mean = lerp(mean, g, alpha, rest)
         variance = square - mean * mean
         variance = tl.where(variance < 0, 0.0, variance)  # rounding of a constant gradient's; NaN stays
-    update = g / (tl.sqrt(variance) + eps)
+    update = g / (root(variance) + eps)
     if PRESENT & 4:
         buffer = momentum * buffer + update
         update = buffer
@@ -171,7 +177,7 @@ def adagrad(p, g, states, coefficients, PRESENT: tl.constexpr):
     lr, eps = coefficients
     total, s1, s2 = states
     total += g * g
-    return p - lr * (g / (tl.sqrt(total) + eps)), (total, s1, s2)
+    return p - lr * (g / (root(total) + eps)), (total, s1, s2)
 
 
 @triton.jit
@@ -186,6 +192,6 @@ def adadelta(p, g, states, coefficients, PRESENT: tl.constexpr):
     lr, rho, rest, eps = coefficients
     square, moved, s2 = states
     square = rho * square + rest * g * g
-    delta = tl.sqrt(moved + eps) / tl.sqrt(square + eps) * g
+    delta = root(moved + eps) / root(square + eps) * g
     moved = rho * moved + rest * delta * delta
     return p - lr * delta, (square, moved, s2)

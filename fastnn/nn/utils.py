@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import dispatch
 from ..memory import is_capturing, is_dense, on
@@ -55,12 +56,13 @@ def clip_grad_norm_(
     dtypes = list(dict.fromkeys(grad.dtype for grad in grads))
     walks = [(dtype, _tables([grad for grad in grads if grad.dtype == dtype], device)) for dtype in dtypes]
     sizes = [gradient_norm.partials_of(tables) for _, tables in walks]
-    partials = torch.empty(sum(sizes), device=device)
+    partials = torch.empty(sum(sizes), dtype=torch.float32, device=device)
     with on(device):
         for (dtype, tables), part in zip(walks, partials.split(sizes), strict=True):
             gradient_norm.add_up(tables, dtype, part, order)
         for dtype, tables in walks:
             gradient_norm.clip(tables, dtype, partials, norm, float(max_norm), order)
+    increment_version(grads)
     return norm
 
 
@@ -81,6 +83,8 @@ def _is_served(grad: Tensor, device: torch.device) -> bool:
         and grad.device == device
         and grad.numel() > 0
         and is_dense(grad)
+        and not grad.is_neg()
+        and not grad._is_zerotensor()
     )
 
 

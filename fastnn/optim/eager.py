@@ -31,11 +31,16 @@ def check(optimizer: "MultiTensorOptimizer", eager: list[list[Tensor]]) -> None:
                     raise AssertionError(
                         f"capturable=True needs parameters on an accelerator, got one on {param.device}"
                     )
-                known = bool(optimizer.state.get(param))
-                if not known or param.grad.is_sparse:
+                if optimizer.l1 and param.grad.is_sparse:
+                    raise RuntimeError("l1 option is not compatible with sparse gradients")
+                known = optimizer.state.get(param) or {}
+                if param.grad.is_sparse or (not known and optimizer.counters):
                     created += [] if known else [param]
                     optimizer.check_sparse(group, param)
                     optimizer.torch_init_state(group, param)
+                elif optimizer.counters and not known.keys() >= set(filter(None, optimizer.state_names(group))):
+                    missing = set(filter(None, optimizer.state_names(group))) - known.keys()
+                    raise KeyError(f"the state of a parameter lacks {', '.join(sorted(missing))}")
     except BaseException:
         for param in created:
             optimizer.state.pop(param, None)
@@ -48,20 +53,22 @@ def step(optimizer: "MultiTensorOptimizer", eager: list[list[Tensor]], clip: Ten
     torch steps stand-ins where something is added to its step: they share the parameter's memory and state, but have
     a gradient of their own; for low-precision options they are fp32 copies, rounded back afterwards.
     """
-    groups, stand_ins = optimizer.param_groups, []
-    own = [{**group, "params": list(params)} for group, params in zip(groups, eager, strict=True)]
-    for group in own:
-        for i, param in enumerate(group["params"]):
-            wide = param.dtype in NARROW and optimizer.computes_wide(param.dtype)
-            if param.grad is not None and (wide or clip is not None or optimizer.l1):
-                group["params"][i] = _stand_in(optimizer, group, param, param.grad, clip, wide)
-                stand_ins.append((param, group["params"][i], wide))
-    optimizer.param_groups = own
+    groups = optimizer.param_groups
+    stand_ins: dict[Tensor, tuple[Tensor, bool]] = {}
     try:
+        own = [{**group, "params": list(params)} for group, params in zip(groups, eager, strict=True)]
+        for group in own:
+            for i, param in enumerate(group["params"]):
+                wide = param.dtype in NARROW and optimizer.computes_wide(param.dtype)
+                if param.grad is not None and (wide or clip is not None or optimizer.l1):
+                    if param not in stand_ins:  # one may be listed twice
+                        stand_ins[param] = _stand_in(optimizer, group, param, param.grad, clip, wide), wide
+                    group["params"][i] = stand_ins[param][0]
+        optimizer.param_groups = own
         undecorated(optimizer.torch_step)(optimizer)
     finally:
         optimizer.param_groups = groups
-        for param, stand_in, wide in stand_ins:
+        for param, (stand_in, wide) in stand_ins.items():
             _take_back(optimizer, param, stand_in, wide)
 
 

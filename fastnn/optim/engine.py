@@ -45,11 +45,13 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__init__" in vars(cls):  # a user's
-            signature = inspect.signature(vars(cls)["__init__"])
+        before = cls.__mro__[: cls.__mro__.index(MultiTensorOptimizer)]
+        constructor = next((vars(base)["__init__"] for base in before if "__init__" in vars(base)), None)
+        if constructor is not None:  # a user's
+            signature = inspect.signature(constructor)
             parameters = [*signature.parameters.values()][1:]
         else:
-            signature = inspect.signature(cls.__mro__[cls.__mro__.index(MultiTensorOptimizer) + 1])
+            signature = inspect.signature(cls.__mro__[len(before) + 1])
             own = inspect.signature(MultiTensorOptimizer.__init__).parameters
             parameters = [*signature.parameters.values(), *(own[name] for name in EXTRAS)]
         cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -69,15 +71,17 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             raise ValueError(f"l1 must be at least 0, got {l1}")
         if state_dtype not in (None, torch.float32):
             raise ValueError(f"state_dtype must be None or torch.float32, got {state_dtype}")
-        self.max_grad_norm, self.l1 = max_grad_norm, float(l1)
+        self.max_grad_norm, self.l1 = None if max_grad_norm is None else float(max_grad_norm), float(l1)
         self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
         self.seed = int(torch.randint(2**62, (), device="cpu")) if stochastic_rounding else None
         self.grad_norm: Tensor | None = None
         self._forget()
         super().__init__(*args, **kwargs)
-        extras = max_grad_norm is not None or l1 or state_dtype is not None or stochastic_rounding
-        if extras and any(group["differentiable"] for group in self.param_groups):
+        if self._adds_to_torch() and any(group["differentiable"] for group in self.param_groups):
             raise RuntimeError(f"{', '.join(EXTRAS)} do not support `differentiable`")
+
+    def _adds_to_torch(self) -> bool:
+        return bool(self.max_grad_norm is not None or self.l1 or self.state_dtype or self.stochastic_rounding)
 
     def _forget(self) -> None:
         """Whatever is known of parameters and state beyond themselves."""
@@ -99,6 +103,10 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
     def hidden_count(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
         """A count () on the device for a rule that needs one which torch's state does not have."""
         return None
+
+    def forget_others(self, params: list[Tensor]) -> None:
+        """Drops what is kept of parameters that are no longer there."""
+        self._hidden_counts = {param: self._hidden_counts[param] for param in params if param in self._hidden_counts}
 
     def check_sparse(self, group: dict[str, Any], param: Tensor) -> None:
         """Raises what torch raises only in the midst of a step, for a gradient that may be sparse."""
@@ -179,11 +187,19 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: what torch's step raises, sparse gradients and the like; no parameter, no state has changed.
         """
+        if torch.compiler.is_compiling():
+            return self._step_in_graph(closure)
         if type(self).step is MultiTensorOptimizer.step and self._is_observed():
-            return self._observed_step(closure)
+            return self._observed_step() if closure is None else self._observed_step(closure)
         return self._step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # not to be wrapped: torch's wrapper takes 5 µs even when idle
+
+    def _step_in_graph(self, closure: Callable[[], Any] | None) -> Any:
+        """Under torch.compile: torch's own step, which Inductor compiles, unless something is added to it."""
+        if self._adds_to_torch():
+            return torch.compiler.disable(self._step)(closure)
+        return eager.undecorated(self.torch_step)(self, closure)
 
     def _is_observed(self) -> bool:
         return bool(
@@ -195,8 +211,6 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         )
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        if torch.compiler.is_compiling():
-            return eager.undecorated(self.torch_step)(self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -206,7 +220,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             plan = self._new_plan()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         self._may_have_skipped = self._may_have_skipped or found_inf is not None
-        partials = None
+        partials = norm = None
         if plan.needs_torch(self.max_grad_norm, found_inf):
             with torch.no_grad():
                 if not self._step_by_torch(plan, grad_scale, found_inf):
@@ -214,13 +228,15 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
             grad_scale = found_inf = None
             if self.max_grad_norm is not None and self.grad_norm is not None:
                 partials = self.grad_norm.float().square().reshape(1)
-        elif self.max_grad_norm is not None:
-            partials, self.grad_norm = plan.add_up(grad_scale), plan.norm
-        plan.launch(self.momentum, self.max_grad_norm, partials, grad_scale, found_inf)
+        elif self.max_grad_norm is not None and plan.bundles:
+            partials = plan.add_up(grad_scale)
+            norm = self.grad_norm = torch.empty((), dtype=torch.float32, device=partials.device)
+        plan.launch(self.momentum, float(self.max_grad_norm or 0), partials, norm, grad_scale, found_inf)
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _new_plan(self) -> Plan:
         plan = Plan(self)

@@ -2,7 +2,7 @@
 
 import operator
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,25 @@ def is_addressable(value: Any, device: torch.device) -> bool:
 
 def is_readable(value: Any, device: torch.device) -> bool:
     """Whether a hyperparameter is at hand for kernel or host without waiting."""
-    return not isinstance(value, Tensor) or value.is_cpu or is_addressable(value, device)
+    if not isinstance(value, Tensor):
+        return True
+    return value.numel() == 1 and (value.is_cpu or is_addressable(value, device))
+
+
+def overlaps(params: list[Tensor]) -> set[Tensor]:
+    """Parameters that share memory with others or are listed twice: torch steps them one after the other."""
+    found: set[Tensor] = set()
+    last, end = None, 0
+    strided = (p for p in params if local(p).layout is torch.strided and p.numel())
+    for param in sorted(strided, key=lambda p: (str(p.device), local(p).data_ptr())):
+        start = local(param).data_ptr()
+        if last is not None and last.device == param.device and start < end:
+            found |= {last, param}
+        here = local(param)
+        span = 1 + sum((size - 1) * stride for size, stride in zip(here.shape, here.stride(), strict=True))
+        if last is None or last.device != param.device or start + span * here.itemsize > end:
+            last, end = param, start + span * here.itemsize
+    return found
 
 
 def is_served(optimizer: "MultiTensorOptimizer", group: Group, param: Tensor) -> bool:
@@ -88,20 +106,22 @@ class Plan:
         groups = optimizer.param_groups
         self.state, self.group_values = optimizer.state, [*chain.from_iterable(g.values() for g in groups)]
         self.params = [*chain.from_iterable(g["params"] for g in groups)]
+        self.lengths = [len(g["params"]) for g in groups]
         self.structure = [optimizer.structure(group) for group in groups]
         self.waiting: list[Tensor] = []
         self.eager: list[list[Tensor]] = [[] for _ in groups]
         members: dict[Kind, list[Member]] = defaultdict(list)
-        times = Counter(self.params)  # torch steps a parameter that is listed twice twice, one after the other
+        overlapping = overlaps(self.params)
         served: list[tuple[int, Tensor]] = []
         for i, group in enumerate(groups):
             for param in group["params"]:
-                if times[param] > 1 or not is_served(optimizer, group, param):
+                if param in overlapping or not is_served(optimizer, group, param):
                     self.eager[i].append(param)
                 elif param.grad is None and not optimizer.state.get(param):
                     self.waiting.append(param)
                 else:
                     served.append((i, param))
+        optimizer.forget_others(self.params)
         check(optimizer, self.eager)  # may raise: nothing has changed yet
         for i, param in served:
             optimizer.init_state(groups[i], param)
@@ -117,7 +137,6 @@ class Plan:
         self.counts_on_host = any(bundle.counts is not None for bundle in self.bundles)
         devices = {bundle.kind.device for bundle in self.bundles}
         self.adds_up = len(devices) == 1 and not any(bundle.kind.distributed for bundle in self.bundles)
-        self.norm: Tensor | None = None
         self.entries = list(self.state.values())
         self.set_groups(optimizer)
 
@@ -134,33 +153,36 @@ class Plan:
 
     def add_up(self, grad_scale: Tensor | None) -> Tensor:
         """Partial sums of all gradients' squares, a launch for each bundle."""
-        if self.norm is None:
-            device, sizes = self.bundles[0].kind.device, [bundle.partials for bundle in self.bundles]
-            self.norm = torch.zeros((), device=device)
-            self.partials = torch.zeros(sum(sizes), device=device)
-            self.parts = self.partials.split(sizes)
-        for bundle, part in zip(self.bundles, self.parts, strict=True):
-            with on(bundle.kind.device):
+        device, sizes = self.bundles[0].kind.device, [bundle.partials for bundle in self.bundles]
+        partials = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+        for bundle, part in zip(self.bundles, partials.split(sizes), strict=True):
+            with on(device):
                 bundle.add_up(part, grad_scale)
-        return self.partials
+        return partials
 
     def launch(
         self,
         momentum: Callable[[Tensor, Tensor], Tensor],
-        max_grad_norm: float | None,
-        partials: Tensor | None,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        max_norm: float,
+        partials: Tensor | None = None,
+        norm: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> None:
+        """A launch for each bundle, which is given what lies on another device in a copy."""
+        given = partials, norm, grad_scale, found_inf
         for bundle in self.bundles:
-            bundle.step(momentum, max_grad_norm or 0.0, partials, self.norm, grad_scale, found_inf)
+            device = bundle.kind.device
+            here = (t if t is None or t.device == device else t.to(device, non_blocking=True) for t in given)
+            bundle.step(momentum, max_norm, *here)
 
     def set_groups(self, optimizer: "MultiTensorOptimizer") -> None:
-        self.l1, self.reads_host_tensors = optimizer.l1, False
+        self.l1 = optimizer.l1
+        self.reads_in_place = any(isinstance(group.get("betas"), list) for group in optimizer.param_groups)
         for bundle in self.bundles:
             for value in chain.from_iterable(map(optimizer.hyperparameters, optimizer.param_groups)):
-                host_tensor = isinstance(value, Tensor) and not is_addressable(value, bundle.kind.device)
-                self.reads_host_tensors = self.reads_host_tensors or host_tensor
+                if isinstance(value, Tensor) and not is_addressable(value, bundle.kind.device):
+                    self.reads_in_place = True
             rows = [optimizer.row(group, bundle.kind.device) for group in optimizer.param_groups]
             bundle.set_groups([numbers for numbers, _ in rows], [addresses for _, addresses in rows])
 
@@ -168,7 +190,7 @@ class Plan:
         """Whether the plan still fits; changed numbers are taken up on the way.
 
         Everything is compared by identity, 25 ns a tensor: whoever changes a group or the state puts another object
-        there. Tensors written in place are no exception: the kernel reads them itself, or `reads_host_tensors` is set.
+        there. Tensors written in place are no exception: the kernel reads them itself, or `reads_in_place` is set.
         """
         groups = optimizer.param_groups
         params = [*chain.from_iterable(g["params"] for g in groups)]
@@ -176,7 +198,7 @@ class Plan:
             self.state is not optimizer.state
             or len(self.state) != len(self.entries)
             or not all(map(operator.is_, self.state.values(), self.entries))
-            or len(params) != len(self.params)
+            or [len(g["params"]) for g in groups] != self.lengths
             or not all(map(operator.is_, params, self.params))
             or not all(bundle.holds() for bundle in self.bundles)
             or any(param.grad is not None for param in self.waiting)
@@ -184,7 +206,7 @@ class Plan:
             return False
         values = [*chain.from_iterable(g.values() for g in groups)]
         if len(values) == len(self.group_values) and all(map(operator.is_, values, self.group_values)):
-            if self.l1 == optimizer.l1 and not self.reads_host_tensors:
+            if self.l1 == optimizer.l1 and not self.reads_in_place:
                 return True
         elif [optimizer.structure(group) for group in groups] != self.structure:
             return False

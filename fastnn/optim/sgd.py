@@ -27,21 +27,25 @@ class SGD(MultiTensorOptimizer, torch.optim.SGD):
         """A buffer of zeros where torch takes over the first gradient; by the count the kernel knows the first step."""
         if group["momentum"] != 0 and self.state[param].get("momentum_buffer") is None:
             self.state[param]["momentum_buffer"] = torch.zeros_like(param)
-            self._hidden_counts[param] = torch.zeros((), device=param.device)
+            self._hidden_counts[param] = torch.zeros((), dtype=torch.float32, device=param.device)
         self._widen_state(param)
 
     def hidden_count(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
         if group["momentum"] == 0 and not self.stochastic_rounding:
             return None
-        return self._hidden_counts.setdefault(param, torch.ones((), device=param.device))
+        return self._hidden_counts.setdefault(param, torch.ones((), dtype=torch.float32, device=param.device))
 
     def _forget_unbegun(self) -> None:
         """Takes back the buffers of parameters whose first step an overflow has skipped: None, as torch has it then."""
-        if self._may_have_skipped:
-            for param, count in self._hidden_counts.items():
-                if count.item() == 0 and param in self.state:
-                    self.state[param]["momentum_buffer"] = None
-            self._plan, self._may_have_skipped = None, False
+        if not self._may_have_skipped:
+            return
+        self._may_have_skipped = False
+        known = [(param, count) for param, count in self._hidden_counts.items() if param in self.state]
+        for device in {param.device for param, _ in known}:
+            here = [(param, count) for param, count in known if param.device == device]
+            for (param, _), count in zip(here, torch.stack([count for _, count in here]).tolist(), strict=True):
+                if count == 0:
+                    self.state[param]["momentum_buffer"], self._plan = None, None
 
     def state_dict(self) -> dict[str, Any]:
         self._forget_unbegun()
