@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from .bundle import local
+from .checkpoints import NARROW
 
 if TYPE_CHECKING:
     from .engine import MultiTensorOptimizer
-
-NARROW = (torch.bfloat16, torch.float16)
 
 
 def undecorated(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,14 +10,14 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ..memory import is_capturing
 from . import eager
+from .checkpoints import NARROW, KeepsCheckpoints
 from .plan import Plan, is_addressable, is_distributed
 
-FLAGS = ("fused", "foreach", "capturable", "differentiable")  # the constructor's, which a checkpoint does not change
 EXTRAS = ("max_grad_norm", "l1", "state_dtype", "stochastic_rounding")
 COLUMNS, OWN = 9, 5  # of a row of hyperparameters, as in kernels.update_rules, which is not there without Triton
 
 
-class MultiTensorOptimizer(torch.optim.Optimizer):
+class MultiTensorOptimizer(KeepsCheckpoints):
     """Mixed in before a class of torch.optim, takes over its step and nothing else.
 
     Constructor, defaults, groups, state and checkpoints stay torch's. These keyword-only arguments are added; they are
@@ -41,7 +41,6 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[str]  # the name in kernels.update_rules
-    counters: ClassVar[tuple[str, ...]] = ("step",)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -161,7 +160,7 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
         return self.state_dtype is not None or (self.stochastic_rounding and dtype == torch.bfloat16)
 
     def _widen_state(self, param: Tensor) -> None:
-        if self.state_dtype is not None and param.dtype in eager.NARROW:
+        if self.state_dtype is not None and param.dtype in NARROW:
             state = self.state.get(param, {})
             for name, value in state.items():
                 if isinstance(value, Tensor) and name not in self.counters:
@@ -279,56 +278,6 @@ class MultiTensorOptimizer(torch.optim.Optimizer):
                 vars(self).update(scaling)
         return True
 
-    # Checkpoints and copies
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._plan = None
         super().add_param_group(param_group)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, except that ``fused``, ``foreach``, ``capturable`` and ``differentiable`` stay the constructor's,
-        counts keep their dtype, and state kept in ``state_dtype`` is not narrowed on the way.
-        """
-        loaded: dict[str, Any] = {}
-
-        def keep_flags(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            groups = state_dict["param_groups"]
-            kept = [{name: group[name] for name in FLAGS if name in group} for group in self.param_groups]
-            if len(groups) == len(kept):  # else torch says so
-                groups = [{**group, **flags} for group, flags in zip(groups, kept, strict=True)]
-            loaded.update(state_dict, param_groups=groups)
-            return dict(loaded)
-
-        def keep_dtypes(_: torch.optim.Optimizer) -> None:
-            for group, saved in zip(self.param_groups, loaded["param_groups"], strict=True):
-                for param, index in zip(group["params"], saved["params"], strict=True):
-                    self._restore(group, param, loaded["state"].get(index, {}))
-
-        handles = (
-            self.register_load_state_dict_pre_hook(keep_flags),
-            self.register_load_state_dict_post_hook(keep_dtypes, prepend=True),
-        )
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _restore(self, group: dict[str, Any], param: Tensor, saved: dict[str, Any]) -> None:
-        """Where torch has cast or shared what a checkpoint holds of a parameter, takes it from there again."""
-        state, wide = self.state.get(param, {}), self.state_dtype is not None and param.dtype in eager.NARROW
-        on_device = bool(group.get("capturable") or group.get("fused"))
-        for name, value in saved.items():
-            if name in self.counters and isinstance(value, Tensor):
-                value = value.detach().clone()  # torch's own load shares it with the checkpoint
-                state[name] = value.to(param.device, torch.float32) if on_device else value.cpu()
-            elif wide and isinstance(value, Tensor):
-                state[name] = value.to(param.device, self.state_dtype)
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = (*EXTRAS, "seed", "grad_norm", "_step_supports_amp_scaling")
-        return super().__getstate__() | {name: vars(self)[name] for name in kept if name in vars(self)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forget()

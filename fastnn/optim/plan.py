@@ -3,7 +3,7 @@
 import operator
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,10 @@ def is_readable(value: Any, device: torch.device) -> bool:
     if not isinstance(value, Tensor):
         return True
     return value.numel() == 1 and (value.is_cpu or is_addressable(value, device))
+
+
+def same_objects(found: Collection, known: Collection) -> bool:
+    return len(found) == len(known) and all(map(operator.is_, found, known))
 
 
 def overlaps(params: list[Tensor]) -> set[Tensor]:
@@ -106,7 +110,7 @@ class Plan:
         groups = optimizer.param_groups
         self.state, self.group_values = optimizer.state, [*chain.from_iterable(g.values() for g in groups)]
         self.params = [*chain.from_iterable(g["params"] for g in groups)]
-        self.lengths = [len(g["params"]) for g in groups]
+        self.grouped = [list(group["params"]) for group in groups]
         self.structure = [optimizer.structure(group) for group in groups]
         self.waiting: list[Tensor] = []
         self.eager: list[list[Tensor]] = [[] for _ in groups]
@@ -173,8 +177,7 @@ class Plan:
         given = partials, norm, grad_scale, found_inf
         for bundle in self.bundles:
             device = bundle.kind.device
-            here = (t if t is None or t.device == device else t.to(device, non_blocking=True) for t in given)
-            bundle.step(momentum, max_norm, *here)
+            bundle.step(momentum, max_norm, *(t if t is None else t.to(device, non_blocking=True) for t in given))
 
     def set_groups(self, optimizer: "MultiTensorOptimizer") -> None:
         self.l1 = optimizer.l1
@@ -193,19 +196,17 @@ class Plan:
         there. Tensors written in place are no exception: the kernel reads them itself, or `reads_in_place` is set.
         """
         groups = optimizer.param_groups
-        params = [*chain.from_iterable(g["params"] for g in groups)]
         if (
             self.state is not optimizer.state
-            or len(self.state) != len(self.entries)
-            or not all(map(operator.is_, self.state.values(), self.entries))
-            or [len(g["params"]) for g in groups] != self.lengths
-            or not all(map(operator.is_, params, self.params))
+            or not same_objects(self.state.values(), self.entries)
+            or len(groups) != len(self.grouped)
+            or not all(map(same_objects, (group["params"] for group in groups), self.grouped))
             or not all(bundle.holds() for bundle in self.bundles)
             or any(param.grad is not None for param in self.waiting)
         ):
             return False
         values = [*chain.from_iterable(g.values() for g in groups)]
-        if len(values) == len(self.group_values) and all(map(operator.is_, values, self.group_values)):
+        if same_objects(values, self.group_values):
             if self.l1 == optimizer.l1 and not self.reads_in_place:
                 return True
         elif [optimizer.structure(group) for group in groups] != self.structure:
