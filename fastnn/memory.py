@@ -28,6 +28,7 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return all(m == n for size, m, n in zip(a.shape, a.stride(), b.stride(), strict=True) if size != 1)
 
 
+@torch.no_grad()
 def copy_in_layout(tensor: Tensor, like: Tensor) -> Tensor:
     """A copy of `tensor` that lies in memory as `like`, which is dense."""
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)

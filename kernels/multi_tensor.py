@@ -33,7 +33,7 @@ from .tables import (
 from .update_rules import COLUMNS, DECOUPLED, L1, LR, SIGN, WEIGHT_DECAY, hyperparameter
 
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
-REGISTERS, REGISTERS_FOR_THREE_STATES = 128, 168  # 16 and 12 warps to a multiprocessor; with less, ptxas spills
+REGISTERS, REGISTERS_FOR_THREE_STATES = 128, 192  # 16 and 8 warps to a multiprocessor; with less, ptxas spills
 ACROSS = tl.constexpr(256)  # tensors whose steps are counted at a time
 
 

@@ -229,10 +229,15 @@ class Bundle:
         if self.counts is not None:
             self.counts.move(self.moved, lambda steps: momentum(self._columns(), steps))
         if grad_scale is not None:
-            for grad, param in zip(self.grads, self.params, strict=True):
-                if grad is not None and param.grad is not None and local(param.grad) is not grad:
-                    local(param.grad).copy_(grad)  # unscaled in the copy that the kernel was given
+            self._give_back_copies()
         self.grads = []  # which are the user's to free
+
+    @torch.no_grad()
+    def _give_back_copies(self) -> None:
+        """Gradients that the kernel was given in a copy are unscaled there alone."""
+        for grad, param in zip(self.grads, self.params, strict=True):
+            if grad is not None and param.grad is not None and local(param.grad) is not grad:
+                local(param.grad).copy_(grad)
 
     def _columns(self) -> Tensor:
         if self.rows is None:

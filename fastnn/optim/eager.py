@@ -23,6 +23,7 @@ def check(optimizer: "MultiTensorOptimizer", eager: list[list[Tensor]]) -> None:
     created = []
     try:
         for group, params in zip(optimizer.param_groups, eager, strict=True):
+            names = set(filter(None, optimizer.state_names(group))) if optimizer.counters else set()
             for param in params:
                 if param.grad is None:
                     continue
@@ -33,13 +34,12 @@ def check(optimizer: "MultiTensorOptimizer", eager: list[list[Tensor]]) -> None:
                 if optimizer.l1 and param.grad.is_sparse:
                     raise RuntimeError("l1 option is not compatible with sparse gradients")
                 known = optimizer.state.get(param) or {}
-                if param.grad.is_sparse or (not known and optimizer.counters):
+                if param.grad.is_sparse or (names and not known):
                     created += [] if known else [param]
                     optimizer.check_sparse(group, param)
                     optimizer.torch_init_state(group, param)
-                elif optimizer.counters and not known.keys() >= set(filter(None, optimizer.state_names(group))):
-                    missing = set(filter(None, optimizer.state_names(group))) - known.keys()
-                    raise KeyError(f"the state of a parameter lacks {', '.join(sorted(missing))}")
+                elif not known.keys() >= names:
+                    raise KeyError(f"the state of a parameter lacks {', '.join(sorted(names - known.keys()))}")
     except BaseException:
         for param in created:
             optimizer.state.pop(param, None)

@@ -50,7 +50,7 @@ class MultiTensorOptimizer(KeepsCheckpoints):
             signature = inspect.signature(constructor)
             parameters = [*signature.parameters.values()][1:]
         else:
-            signature = inspect.signature(cls.__mro__[len(before) + 1])
+            signature = inspect.signature(cls.__mro__[cls.__mro__.index(KeepsCheckpoints) + 1])  # torch's
             own = inspect.signature(MultiTensorOptimizer.__init__).parameters
             parameters = [*signature.parameters.values(), *(own[name] for name in EXTRAS)]
         cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -186,8 +186,6 @@ class MultiTensorOptimizer(KeepsCheckpoints):
         Raises:
             RuntimeError: what torch's step raises, sparse gradients and the like; no parameter, no state has changed.
         """
-        if torch.compiler.is_compiling():
-            return self._step_in_graph(closure)
         if type(self).step is MultiTensorOptimizer.step and self._is_observed():
             return self._observed_step() if closure is None else self._observed_step(closure)
         return self._step(closure)
@@ -210,6 +208,8 @@ class MultiTensorOptimizer(KeepsCheckpoints):
         )
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        if torch.compiler.is_compiling():
+            return self._step_in_graph(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -238,17 +238,18 @@ class MultiTensorOptimizer(KeepsCheckpoints):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _new_plan(self) -> Plan:
-        plan = Plan(self)
-        plan.gather()
         if not is_capturing():
-            self._plan = plan
-            return plan
-        if plan.counts_on_host:
-            raise RuntimeError(
-                f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} whose groups count "
-                "their steps on the host: pass capturable=True (Adagrad: fused=True)"
-            )
-        self._captured.append(plan)  # its tables are what the graph will read
+            self._plan = plan = Plan(self)
+        else:
+            on_device = (group.get("capturable") or group.get("fused") for group in self.param_groups)
+            if self.counters and not all(on_device):
+                raise RuntimeError(
+                    f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} whose groups "
+                    "count their steps on the host: pass capturable=True (Adagrad: fused=True)"
+                )
+            plan = Plan(self)
+            self._captured.append(plan)  # its tables are what the graph will read
+        plan.gather()
         return plan
 
     def _step_by_torch(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:

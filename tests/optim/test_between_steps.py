@@ -151,6 +151,10 @@ def test_a_compiled_step_is_the_step(extras):
         optimizers[1].step()
     for a, b in zip(compiled, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+    calls: list = []
+    optimizers[0].register_step_post_hook(lambda *_: calls.append(1))
+    step()
+    assert calls == [1]
 
 
 def test_a_parameter_moved_to_the_next_group():

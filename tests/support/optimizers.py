@@ -1,5 +1,6 @@
 """The optimizers, the flags torch gives them, and training them on random gradients."""
 
+import os
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from fastnn import optim
 
+DEVICE = os.environ.get("FASTNN_TEST_DEVICE", "cpu")
 SEVEN = ("SGD", "Adam", "AdamW", "NAdam", "RMSprop", "Adagrad", "Adadelta")
 HAS_FUSED = ("SGD", "Adam", "AdamW", "Adagrad")
 HAS_CAPTURABLE = ("Adam", "AdamW", "NAdam", "RMSprop", "Adadelta")
@@ -36,7 +38,7 @@ def flag_combinations(name: str) -> Iterator[dict[str, Any]]:
 
 def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype)) for shape in shapes]
 
 
 def copies(params: list[nn.Parameter], dtype: torch.dtype | None = None) -> list[nn.Parameter]:
