@@ -200,7 +200,8 @@ class MultiTensorOptimizer(KeepsCheckpoints):
 
     def _is_observed(self) -> bool:
         return bool(
-            self._optimizer_step_pre_hooks
+            torch.compiler.is_compiling()  # where a hook added later must be seen
+            or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
