@@ -1,6 +1,7 @@
 """A bundle: parameters that one launch steps, with the tables, addresses and step counts kept from step to step."""
 
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -49,6 +50,11 @@ class Kind(NamedTuple):
 def local(tensor: Tensor) -> Tensor:
     """The tensor itself, or what a DTensor holds on this rank."""
     return getattr(tensor, "_local_tensor", tensor)
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: there is no DTensor
+    return module is not None and type(tensor) is module.DTensor
 
 
 def is_gradient(grad: Tensor, param: Tensor) -> bool:

@@ -1,16 +1,14 @@
 """torch's own step, for parameters that the kernels do not take, with what fastnn adds done in plain torch."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .algorithm import Algorithm
 from .bundle import local
 from .checkpoints import NARROW
-
-if TYPE_CHECKING:
-    from .engine import MultiTensorOptimizer
 
 
 def undecorated(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -18,7 +16,7 @@ def undecorated(step: Callable[..., Any]) -> Callable[..., Any]:
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
 
 
-def check(optimizer: "MultiTensorOptimizer", eager: list[list[Tensor]]) -> None:
+def check(optimizer: Algorithm, eager: list[list[Tensor]]) -> None:
     """Raises what torch's step would raise, but before the first parameter or state has changed."""
     created = []
     try:
@@ -46,7 +44,7 @@ def check(optimizer: "MultiTensorOptimizer", eager: list[list[Tensor]]) -> None:
         raise
 
 
-def step(optimizer: "MultiTensorOptimizer", eager: list[list[Tensor]], clip: Tensor | None) -> None:
+def step(optimizer: Algorithm, eager: list[list[Tensor]], clip: Tensor | None) -> None:
     """One step of these parameters, listed by group, with gradients times clip ().
 
     torch steps stand-ins where something is added to its step: they share the parameter's memory and state, but have
@@ -72,7 +70,7 @@ def step(optimizer: "MultiTensorOptimizer", eager: list[list[Tensor]], clip: Ten
 
 
 def _stand_in(
-    optimizer: "MultiTensorOptimizer",
+    optimizer: Algorithm,
     group: dict[str, Any],
     param: Tensor,
     grad: Tensor,
@@ -97,7 +95,7 @@ def _widened(value: Any, param: Tensor) -> Any:
     return value.float() if isinstance(value, Tensor) and value.shape == param.shape else value
 
 
-def _take_back(optimizer: "MultiTensorOptimizer", param: Tensor, stand_in: Tensor, wide: bool) -> None:
+def _take_back(optimizer: Algorithm, param: Tensor, stand_in: Tensor, wide: bool) -> None:
     state = optimizer.state.pop(stand_in, None)
     if not wide:
         if state:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +10,15 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ..memory import is_capturing
 from . import eager
-from .checkpoints import NARROW, KeepsCheckpoints
-from .plan import Plan, is_addressable, is_distributed
+from .algorithm import Algorithm
+from .bundle import is_distributed
+from .checkpoints import KeepsCheckpoints
+from .plan import Plan
 
 EXTRAS = ("max_grad_norm", "l1", "state_dtype", "stochastic_rounding")
-COLUMNS, OWN = 9, 5  # of a row of hyperparameters, as in kernels.update_rules, which is not there without Triton
 
 
-class MultiTensorOptimizer(KeepsCheckpoints):
+class MultiTensorOptimizer(Algorithm):
     """Mixed in before a class of torch.optim, takes over its step and nothing else.
 
     Constructor, defaults, groups, state and checkpoints stay torch's. These keyword-only arguments are added; they are
@@ -39,8 +40,6 @@ class MultiTensorOptimizer(KeepsCheckpoints):
         ValueError: ``max_grad_norm`` or ``l1`` negative, ``state_dtype`` another than ``torch.float32``.
         RuntimeError: one of these together with ``differentiable=True``.
     """
-
-    rule: ClassVar[str]  # the name in kernels.update_rules
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -88,97 +87,6 @@ class MultiTensorOptimizer(KeepsCheckpoints):
         self._captured: list[Plan] = getattr(self, "_captured", [])  # what graphs replay lives as long as we do
         self._hidden_counts: dict[Tensor, Tensor] = {}
         self._may_have_skipped = False
-
-    # What an algorithm says of itself
-
-    def state_names(self, group: dict[str, Any]) -> tuple[str | None, ...]:
-        """Names in ``state`` in the order of the rule's states, None for one that this group does without."""
-        raise NotImplementedError
-
-    def own_hyperparameters(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """The rule's own, in the order of its row."""
-        raise NotImplementedError
-
-    def hidden_count(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
-        """A count () on the device for a rule that needs one which torch's state does not have."""
-        return None
-
-    def forget_others(self, params: list[Tensor]) -> None:
-        """Drops what is kept of parameters that are no longer there."""
-        self._hidden_counts = {param: self._hidden_counts[param] for param in params if param in self._hidden_counts}
-
-    def check_sparse(self, group: dict[str, Any], param: Tensor) -> None:
-        """Raises what torch raises only in the midst of a step, for a gradient that may be sparse."""
-
-    @staticmethod
-    def momentum(rows: Tensor, steps: Tensor) -> Tensor:
-        """What a step multiplies a second counter by; rows (COLUMNS, tensors), steps (tensors,)."""
-        raise NotImplementedError
-
-    # What the plan asks
-
-    def hyperparameters(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return group["lr"], group["weight_decay"], *self.own_hyperparameters(group)
-
-    def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What of a group decides the plan, beside its parameters."""
-        tensors = [(v.device, v.dtype) if isinstance(v, Tensor) else None for v in self.hyperparameters(group)]
-        on_device = bool(group.get("capturable") or group.get("fused"))
-        return self.state_names(group), group["differentiable"], on_device, tensors
-
-    def row(self, group: dict[str, Any], device: torch.device) -> tuple[list[float], list[int]]:
-        """(numbers, addresses) of a group for kernels/update_rules.py; a tensor on the device goes by its address."""
-        lr, weight_decay, *own = self.hyperparameters(group)
-        values = [lr, weight_decay, self.l1, -1.0 if group["maximize"] else 1.0]
-        values += [group.get("decoupled_weight_decay", False), *own]
-        values += [0.0] * (COLUMNS - len(values))
-        by_address = [isinstance(v, Tensor) and is_addressable(v, device) for v in values]
-        return (
-            [0.0 if there else float(v) for v, there in zip(values, by_address, strict=True)],
-            [v.data_ptr() if there else 0 for v, there in zip(values, by_address, strict=True)],
-        )
-
-    def torch_init_state(self, group: dict[str, Any], param: Tensor) -> None:
-        """torch's own creation of a parameter's state, if it has none."""
-        lists: list[list] = [[] for _ in range(len(inspect.signature(self._init_group).parameters) - 1)]  # type: ignore[attr-defined]
-        self._init_group({**group, "params": [param]}, *lists)  # type: ignore[attr-defined]
-
-    def init_state(self, group: dict[str, Any], param: Tensor) -> None:
-        """The state of a parameter that the kernels step; not called before its first gradient."""
-        if not self.state.get(param):
-            self.torch_init_state(group, param)
-        self._widen_state(param)
-
-    def next_seed(self) -> int | None:
-        """A seed for the next plan, whose counts may start anew; None without stochastic rounding."""
-        if self.seed is not None:
-            self.seed += 1
-        return self.seed
-
-    def computes_wide(self, dtype: torch.dtype) -> bool:
-        """Whether these options have torch's own step compute in fp32 for narrower parameters."""
-        return self.state_dtype is not None or (self.stochastic_rounding and dtype == torch.bfloat16)
-
-    def _widen_state(self, param: Tensor) -> None:
-        if self.state_dtype is not None and param.dtype in NARROW:
-            state = self.state.get(param, {})
-            for name, value in state.items():
-                if isinstance(value, Tensor) and name not in self.counters:
-                    state[name] = value.to(self.state_dtype)
-
-    def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """x (fp32) as the parameter's dtype."""
-        if not self.stochastic_rounding or dtype != torch.bfloat16:
-            return x.to(dtype)
-        bits = x.view(torch.int32)
-        raised = torch.where(x.isfinite(), bits + torch.randint_like(bits, 1 << 16), bits)
-        return (raised & ~0xFFFF).view(torch.float32).to(dtype)
-
-    # The step
-
-    @property
-    def torch_step(self) -> Callable[..., Any]:
-        return super().step.__func__  # type: ignore[attr-defined]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs a single optimization step, as torch's does; ``closure`` reevaluates the model and returns the loss.

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine import OWN, MultiTensorOptimizer
+from .algorithm import OWN
+from .engine import MultiTensorOptimizer
 
 
 class NAdam(MultiTensorOptimizer, torch.optim.NAdam):

@@ -1,34 +1,21 @@
 """Which parameters the kernels step, in which bundles, and which are left to torch's own step."""
 
 import operator
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import dispatch
 from ..memory import copy_in_layout, is_dense, on, same_layout
-from .bundle import Bundle, Kind, Member, is_gradient, local
+from .algorithm import Algorithm, is_addressable
+from .bundle import Bundle, Kind, Member, is_distributed, is_gradient, local
 from .eager import check
 
-if TYPE_CHECKING:
-    from .engine import MultiTensorOptimizer
-
 Group = dict[str, Any]
-
-
-def is_distributed(tensor: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # not imported: there is no DTensor
-    return module is not None and type(tensor) is module.DTensor
-
-
-def is_addressable(value: Any, device: torch.device) -> bool:
-    """Whether a hyperparameter is a tensor that the kernel reads itself."""
-    return isinstance(value, Tensor) and value.device == device and value.dtype == torch.float32
 
 
 def is_readable(value: Any, device: torch.device) -> bool:
@@ -58,7 +45,7 @@ def overlaps(params: list[Tensor]) -> set[Tensor]:
     return found
 
 
-def is_served(optimizer: "MultiTensorOptimizer", group: Group, param: Tensor) -> bool:
+def is_served(optimizer: Algorithm, group: Group, param: Tensor) -> bool:
     """Whether the kernels step this parameter, with the gradient it has now if it has one."""
     here, grad = local(param), param.grad
     return (
@@ -74,7 +61,7 @@ def is_served(optimizer: "MultiTensorOptimizer", group: Group, param: Tensor) ->
     )
 
 
-def kind_of(optimizer: "MultiTensorOptimizer", group: Group, param: Tensor) -> Kind | None:
+def kind_of(optimizer: Algorithm, group: Group, param: Tensor) -> Kind | None:
     """The bundle of a served parameter; None where its state is not one the kernels can take."""
     state, here = optimizer.state.get(param, {}), local(param)
     names, on_device = optimizer.state_names(group), bool(group.get("capturable") or group.get("fused"))
@@ -106,7 +93,7 @@ class Plan:
     waiting: served parameters that have had no gradient yet; eager: for each group those left to torch.
     """
 
-    def __init__(self, optimizer: "MultiTensorOptimizer") -> None:
+    def __init__(self, optimizer: Algorithm) -> None:
         groups = optimizer.param_groups
         self.state, self.group_values = optimizer.state, [*chain.from_iterable(g.values() for g in groups)]
         self.params = [*chain.from_iterable(g["params"] for g in groups)]
@@ -179,7 +166,7 @@ class Plan:
             device = bundle.kind.device
             bundle.step(momentum, max_norm, *(t if t is None else t.to(device, non_blocking=True) for t in given))
 
-    def set_groups(self, optimizer: "MultiTensorOptimizer") -> None:
+    def set_groups(self, optimizer: Algorithm) -> None:
         self.l1 = optimizer.l1
         self.reads_in_place = any(isinstance(group.get("betas"), list) for group in optimizer.param_groups)
         for bundle in self.bundles:
@@ -189,7 +176,7 @@ class Plan:
             rows = [optimizer.row(group, bundle.kind.device) for group in optimizer.param_groups]
             bundle.set_groups([numbers for numbers, _ in rows], [addresses for _, addresses in rows])
 
-    def holds(self, optimizer: "MultiTensorOptimizer") -> bool:
+    def holds(self, optimizer: Algorithm) -> bool:
         """Whether the plan still fits; changed numbers are taken up on the way.
 
         Everything is compared by identity, 25 ns a tensor: whoever changes a group or the state puts another object
