@@ -37,6 +37,7 @@ class MultiTensorOptimizer(Algorithm):
             ``torch.manual_seed`` when the optimizer is made. Default: ``False``.
 
     Raises:
+        TypeError: ``max_grad_norm`` or ``l1`` not a number.
         ValueError: ``max_grad_norm`` or ``l1`` negative, ``state_dtype`` another than ``torch.float32``.
         RuntimeError: one of these together with ``differentiable=True``.
     """
@@ -63,10 +64,11 @@ class MultiTensorOptimizer(Algorithm):
         stochastic_rounding: bool = False,
         **kwargs: Any,
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm >= 0:
-            raise ValueError(f"max_grad_norm must be None or at least 0, got {max_grad_norm}")
-        if not l1 >= 0:
-            raise ValueError(f"l1 must be at least 0, got {l1}")
+        for name, value in (("max_grad_norm", 0.0 if max_grad_norm is None else max_grad_norm), ("l1", l1)):
+            if not isinstance(value, (int, float, Tensor)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
         if state_dtype not in (None, torch.float32):
             raise ValueError(f"state_dtype must be None or torch.float32, got {state_dtype}")
         self.max_grad_norm, self.l1 = None if max_grad_norm is None else float(max_grad_norm), float(l1)

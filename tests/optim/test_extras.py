@@ -177,8 +177,10 @@ def test_stochastic_rounding_follows_the_seed_and_leaves_special_values_alone():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm must be None or at least 0, got -1.0"),
+        ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm must be at least 0, got -1.0"),
         ({"max_grad_norm": float("nan")}, ValueError, "max_grad_norm must be"),
+        ({"max_grad_norm": "1"}, TypeError, "max_grad_norm must be a number, got '1'"),
+        ({"l1": None}, TypeError, "l1 must be a number, got None"),
         ({"l1": -0.1}, ValueError, "l1 must be at least 0, got -0.1"),
         ({"state_dtype": torch.float16}, ValueError, "state_dtype must be None or torch.float32, got torch.float16"),
         ({"l1": 0.1, "differentiable": True}, RuntimeError, "do not support `differentiable`"),
