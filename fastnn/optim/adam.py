@@ -19,7 +19,8 @@ class Adam(MultiTensorOptimizer, torch.optim.Adam):
         return "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None
 
     def own_hyperparameters(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return *group["betas"], group["eps"]
+        beta1, beta2 = group["betas"]
+        return beta1, beta2, group["eps"]
 
 
 class AdamW(Adam, torch.optim.AdamW):

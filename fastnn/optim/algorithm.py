@@ -63,17 +63,22 @@ class Algorithm(KeepsCheckpoints):
         on_device = bool(group.get("capturable") or group.get("fused"))
         return self.state_names(group), group["differentiable"], on_device, tensors
 
-    def row(self, group: dict[str, Any], device: torch.device) -> tuple[list[float], list[int]]:
-        """(numbers, addresses) of a group for kernels/update_rules.py; a tensor on the device goes by its address."""
+    def row(self, group: dict[str, Any], device: torch.device | None) -> tuple[list[float], list[int]]:
+        """(numbers, addresses) of a group for kernels/update_rules.py; a tensor on the device goes by its address.
+
+        Without a device no tensor is read, and only numbers are checked. Raises TypeError for what is none.
+        """
         lr, weight_decay, *own = self.hyperparameters(group)
         values = [lr, weight_decay, self.l1, -1.0 if group["maximize"] else 1.0]
         values += [group.get("decoupled_weight_decay", False), *own]
         values += [0.0] * (COLUMNS - len(values))
-        by_address = [isinstance(v, Tensor) and is_addressable(v, device) for v in values]
-        return (
-            [0.0 if there else float(v) for v, there in zip(values, by_address, strict=True)],
-            [v.data_ptr() if there else 0 for v, there in zip(values, by_address, strict=True)],
-        )
+        numbers, addresses = [], []
+        for value in values:
+            by_address = device is not None and is_addressable(value, device)
+            unread = by_address or (device is None and isinstance(value, Tensor))
+            numbers.append(0.0 if unread else float(value))
+            addresses.append(value.data_ptr() if by_address else 0)
+        return numbers, addresses
 
     def torch_init_state(self, group: dict[str, Any], param: Tensor) -> None:
         """torch's own creation of a parameter's state, if it has none."""
@@ -87,7 +92,7 @@ class Algorithm(KeepsCheckpoints):
         self._widen_state(param)
 
     def next_seed(self) -> int | None:
-        """A seed for the next plan, whose counts may start anew; None without stochastic rounding."""
+        """A seed for the next bundle, whose counts may start anew; None without stochastic rounding."""
         if self.seed is not None:
             self.seed += 1
         return self.seed

@@ -86,11 +86,11 @@ class HostCounts:
 
     def reflect(self) -> None:
         self.mirror.copy_(self.host)
-        self.version = self.host._version
+        self.known = self.host.clone()
 
     def catch_up(self) -> None:
-        """Takes up what someone has written to a count."""
-        if self.host._version != self.version:
+        """Takes up what someone has written to a count; by value, as collectives and .data move no version."""
+        if not torch.equal(self.host, self.known):
             self.reflect()
 
     def move(self, moved: Tensor | None, momentum: Callable[[Tensor], Tensor]) -> None:
@@ -99,7 +99,7 @@ class HostCounts:
         if len(self.host) > 1:
             factors = momentum(self.steps)
             self.host[1].mul_(factors if moved is None else torch.where(moved, factors, 1.0))
-        self.version = self.host._version
+        self.known.copy_(self.host)
 
 
 class Bundle:

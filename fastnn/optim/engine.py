@@ -138,7 +138,7 @@ class MultiTensorOptimizer(Algorithm):
             grad_scale = found_inf = None
             if self.max_grad_norm is not None and self.grad_norm is not None:
                 partials = self.grad_norm.float().square().reshape(1)
-        elif self.max_grad_norm is not None and plan.bundles:
+        elif self.max_grad_norm is not None:
             partials = plan.add_up(grad_scale)
             norm = self.grad_norm = torch.empty((), dtype=torch.float32, device=partials.device)
         plan.launch(self.momentum, float(self.max_grad_norm or 0), partials, norm, grad_scale, found_inf)
@@ -176,8 +176,8 @@ class MultiTensorOptimizer(Algorithm):
             for grad in grads:
                 grad.mul_(grad_scale.double().reciprocal().to(grad.device, torch.float32))
         clip = None
-        if self.max_grad_norm is not None and grads:
-            norm = torch.nn.utils.get_total_norm(grads)
+        if self.max_grad_norm is not None:
+            norm = torch.nn.utils.get_total_norm(grads)  # 0 of no gradient at all
             self.grad_norm = norm.full_tensor() if is_distributed(norm) else norm  # type: ignore[attr-defined]
             clip = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
         if plan.eager_params:

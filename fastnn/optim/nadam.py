@@ -22,7 +22,8 @@ class NAdam(MultiTensorOptimizer, torch.optim.NAdam):
         return "exp_avg", "exp_avg_sq"
 
     def own_hyperparameters(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return *group["betas"], group["eps"], group["momentum_decay"]
+        beta1, beta2 = group["betas"]
+        return beta1, beta2, group["eps"], group["momentum_decay"]
 
     @staticmethod
     def momentum(rows: Tensor, steps: Tensor) -> Tensor:

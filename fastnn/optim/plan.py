@@ -67,7 +67,9 @@ def kind_of(optimizer: Algorithm, group: Group, param: Tensor) -> Kind | None:
     names, on_device = optimizer.state_names(group), bool(group.get("capturable") or group.get("fused"))
     present = [local(state.get(name)) for name in names if name is not None]
     counts = [state.get(name) for name in optimizer.counters]
-    if not all(isinstance(tensor, Tensor) and tensor.shape == here.shape for tensor in present):
+    if not all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in present):
+        return None
+    if any(t.shape != here.shape for t in present):
         return None
     if not all(isinstance(count, Tensor) and count.numel() == 1 for count in counts):
         return None
@@ -113,23 +115,41 @@ class Plan:
                 else:
                     served.append((i, param))
         optimizer.forget_others(self.params)
-        check(optimizer, self.eager)  # may raise: nothing has changed yet
-        for i, param in served:
-            optimizer.init_state(groups[i], param)
-            kind = kind_of(optimizer, groups[i], param)
-            if kind is None:
-                self.eager[i].append(param)
-            else:
-                hidden = optimizer.hidden_count(groups[i], param)
-                members[kind].append(Member(param, optimizer.state.get(param, {}), i, hidden))
-        seed = optimizer.next_seed()
-        self.bundles = [Bundle(kind, of_kind, optimizer.rule, seed) for kind, of_kind in members.items()]
+        self._create_and_sort(optimizer, served, members)
+        self.bundles = [
+            Bundle(kind, of_kind, optimizer.rule, optimizer.next_seed()) for kind, of_kind in members.items()
+        ]
         self.eager_params = [*chain.from_iterable(self.eager)]
         self.counts_on_host = any(bundle.counts is not None for bundle in self.bundles)
         devices = {bundle.kind.device for bundle in self.bundles}
         self.adds_up = len(devices) == 1 and not any(bundle.kind.distributed for bundle in self.bundles)
         self.entries = list(self.state.values())
         self.set_groups(optimizer)
+
+    def _create_and_sort(
+        self, optimizer: Algorithm, served: list[tuple[int, Tensor]], members: dict[Kind, list[Member]]
+    ) -> None:
+        """Gives served parameters their state and sorts them by kind. Where anything raises, nothing has changed."""
+        groups, created = optimizer.param_groups, []
+        for group in groups:
+            optimizer.row(group, None)
+        check(optimizer, self.eager)
+        try:
+            for i, param in served:
+                if not optimizer.state.get(param):
+                    created.append(param)
+                optimizer.init_state(groups[i], param)
+                kind = kind_of(optimizer, groups[i], param)
+                if kind is None:
+                    self.eager[i].append(param)
+                else:
+                    hidden = optimizer.hidden_count(groups[i], param)
+                    members[kind].append(Member(param, optimizer.state.get(param, {}), i, hidden))
+            check(optimizer, self.eager)  # who has joined them
+        except BaseException:
+            for param in created:
+                optimizer.state.pop(param, None)
+            raise
 
     def gather(self) -> bool:
         return all(bundle.gather() for bundle in self.bundles)
@@ -145,6 +165,7 @@ class Plan:
     def add_up(self, grad_scale: Tensor | None) -> Tensor:
         """Partial sums of all gradients' squares, a launch for each bundle."""
         device, sizes = self.bundles[0].kind.device, [bundle.partials for bundle in self.bundles]
+        grad_scale = None if grad_scale is None else grad_scale.to(device, non_blocking=True)
         partials = torch.empty(sum(sizes), dtype=torch.float32, device=device)
         for bundle, part in zip(self.bundles, partials.split(sizes), strict=True):
             with on(device):
@@ -167,14 +188,20 @@ class Plan:
             bundle.step(momentum, max_norm, *(t if t is None else t.to(device, non_blocking=True) for t in given))
 
     def set_groups(self, optimizer: Algorithm) -> None:
-        self.l1 = optimizer.l1
-        self.reads_in_place = any(isinstance(group.get("betas"), list) for group in optimizer.param_groups)
+        """Hyperparameters as they are now, of the groups that each bundle has members of; raises before any changes."""
+        groups, rows, addressed = optimizer.param_groups, [], []
+        reads_in_place = any(isinstance(group.get("betas"), list) for group in groups)
         for bundle in self.bundles:
-            for value in chain.from_iterable(map(optimizer.hyperparameters, optimizer.param_groups)):
-                if isinstance(value, Tensor) and not is_addressable(value, bundle.kind.device):
-                    self.reads_in_place = True
-            rows = [optimizer.row(group, bundle.kind.device) for group in optimizer.param_groups]
-            bundle.set_groups([numbers for numbers, _ in rows], [addresses for _, addresses in rows])
+            device, used = bundle.kind.device, {member.group for member in bundle.members}
+            rows.append([optimizer.row(group, device if i in used else None) for i, group in enumerate(groups)])
+            for value in chain.from_iterable(optimizer.hyperparameters(groups[i]) for i in used):
+                if is_addressable(value, device):
+                    addressed.append((value, value.data_ptr(), value.detach()))  # whose memory so stays
+                elif isinstance(value, Tensor):
+                    reads_in_place = True
+        for bundle, of_bundle in zip(self.bundles, rows, strict=True):
+            bundle.set_groups([numbers for numbers, _ in of_bundle], [addresses for _, addresses in of_bundle])
+        self.l1, self.reads_in_place, self.addressed = optimizer.l1, reads_in_place, addressed
 
     def holds(self, optimizer: Algorithm) -> bool:
         """Whether the plan still fits; changed numbers are taken up on the way.
@@ -194,10 +221,11 @@ class Plan:
             return False
         values = [*chain.from_iterable(g.values() for g in groups)]
         if same_objects(values, self.group_values):
-            if self.l1 == optimizer.l1 and not self.reads_in_place:
+            there = all(tensor.data_ptr() == address for tensor, address, _ in self.addressed)
+            if there and self.l1 == optimizer.l1 and not self.reads_in_place:
                 return True
         elif [optimizer.structure(group) for group in groups] != self.structure:
             return False
-        self.group_values = values
         self.set_groups(optimizer)
+        self.group_values = values
         return True

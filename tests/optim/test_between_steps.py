@@ -320,3 +320,83 @@ def test_wrong_state_raises_before_anything_changes(name):
         optimizer.step()
     for key, tensor in state_tensors(optimizer, params).items():
         assert torch.equal(tensor, before[key])
+
+
+def test_counts_written_without_a_version():
+    """Collectives and .data move no version counter: ranks that receive rank 0's state must step with its counts."""
+    runs = pair("NAdam", parameters([(9,), (4,)]))
+    train(runs, 1)
+    for optimizer, params in runs:
+        optimizer.state[params[0]]["step"].data.fill_(6)
+        optimizer.state[params[0]]["mu_product"].data.fill_(0.3)
+    train(runs, 2, start=1)
+    assert_same(runs)
+
+
+@pytest.mark.parametrize("wrong", [None, "fast"])
+def test_a_wrong_number_raises_as_long_as_it_is_there(wrong):
+    params = parameters([(9,)])
+    optimizer = ours("SGD")(params, lr=0.1)
+    train([(optimizer, params)], 1)
+    before = params[0].detach().clone()
+    optimizer.param_groups[0]["lr"] = wrong
+    for step in (1, 2):
+        with pytest.raises((TypeError, ValueError)):
+            train([(optimizer, params)], 1, start=step)
+    assert torch.equal(params[0], before)
+    fresh = ours("Adam")(params)
+    fresh.param_groups[0]["betas"] = (0.9,) if wrong is None else (0.9, 0.99, 0.5)
+    with pytest.raises(ValueError, match="unpack"):
+        fresh.step()
+    assert not fresh.state
+
+
+def test_tensor_rates_whose_data_is_replaced():
+    runs = []
+    for factory in (ours, theirs):
+        params, lr = parameters([(9,)]), torch.tensor(0.1)
+        optimizer = factory("SGD")(params, lr=lr)
+        for step, data in enumerate((None, torch.tensor(0.5), torch.tensor(0.02, dtype=torch.float64))):
+            if data is not None:
+                lr.data = data
+            train([(optimizer, params)], 1, start=step)
+        runs.append((optimizer, params))
+    assert_same(runs)
+
+
+def test_a_sparse_buffer_without_a_gradient():
+    """An embedding that the first batch after a restart does not use."""
+    runs = []
+    for factory in (ours, theirs):
+        params = [nn.Parameter(torch.ones(6, 2)), nn.Parameter(torch.ones(3))]
+        optimizer = factory("SGD")(params, lr=0.1, momentum=0.9)
+        params[0].grad = torch.eye(6, 2).to_sparse()
+        params[1].grad = torch.ones(3)
+        optimizer.step()
+        params[0].grad = None
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        runs.append([param.detach() for param in params])
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_each_bundle_rounds_by_draws_of_its_own():
+    params = [nn.Parameter(torch.linspace(1, 2, 900).bfloat16()) for _ in range(2)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "amsgrad": True}]
+    optimizer = ours("Adam")(groups, lr=1e-3, stochastic_rounding=True)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert not torch.equal(*params)
+
+
+def test_the_norm_of_no_gradient_is_zero():
+    for dtype in (torch.float32, torch.float64):
+        params = parameters([(9,)], dtype)
+        optimizer = ours("SGD")(params, max_grad_norm=1.0)
+        train([(optimizer, params)], 1)
+        assert optimizer.grad_norm > 0
+        optimizer.zero_grad()
+        optimizer.step()
+        assert optimizer.grad_norm == 0
