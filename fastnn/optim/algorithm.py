@@ -49,6 +49,10 @@ class Algorithm(KeepsCheckpoints):
     def check_sparse(self, group: dict[str, Any], param: Tensor) -> None:
         """Raises what torch raises only in the midst of a step, for a gradient that may be sparse."""
 
+    def torch_group(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
+        """The group as torch's own step is given it, for these of its parameters."""
+        return {**group, "params": list(params)}
+
     @staticmethod
     def momentum(rows: Tensor, steps: Tensor) -> Tensor:
         """What a step multiplies a second counter by; rows (COLUMNS, tensors), steps (tensors,)."""

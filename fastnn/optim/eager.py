@@ -53,7 +53,7 @@ def step(optimizer: Algorithm, eager: list[list[Tensor]], clip: Tensor | None) -
     groups = optimizer.param_groups
     stand_ins: dict[Tensor, tuple[Tensor, bool]] = {}
     try:
-        own = [{**group, "params": list(params)} for group, params in zip(groups, eager, strict=True)]
+        own = [optimizer.torch_group(group, params) for group, params in zip(groups, eager, strict=True)]
         for group in own:
             for i, param in enumerate(group["params"]):
                 wide = param.dtype in NARROW and optimizer.computes_wide(param.dtype)

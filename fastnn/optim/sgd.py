@@ -35,6 +35,12 @@ class SGD(MultiTensorOptimizer, torch.optim.SGD):
             return None
         return self._hidden_counts.setdefault(param, torch.ones((), dtype=torch.float32, device=param.device))
 
+    def torch_group(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
+        """Not fused where only some have a buffer yet: torch's fused step raises TypeError then."""
+        begun = {self.state.get(p, {}).get("momentum_buffer") is not None for p in params if p.grad is not None}
+        mixed = group["momentum"] != 0 and len(begun) == 2
+        return super().torch_group(group, params) | ({"fused": False} if mixed else {})
+
     def _forget_unbegun(self) -> None:
         """Takes back the buffers of parameters whose first step an overflow has skipped: None, as torch has it then."""
         if not self._may_have_skipped:

@@ -38,6 +38,24 @@ def test_gradients_that_come_late_go_missing_and_come_back(name):
         assert_same(mine, plain)
 
 
+@pytest.mark.parametrize("path", ["kernels", "torch"])
+def test_fused_sgd_whose_gradients_come_late(path, monkeypatch):
+    """torch's raises TypeError when a first gradient comes later than its group's."""
+    if path == "torch":
+        monkeypatch.setattr("fastnn.optim.plan.is_served", lambda *_: False)
+    params = parameters([(3, 5), (40,)])
+    mine, plain = copies(params), copies(params)
+    optimizer = ours("SGD")(mine, lr=0.1, momentum=0.9, dampening=0.5, fused=True)
+    reference = theirs("SGD")(plain, lr=0.1, momentum=0.9, dampening=0.5)
+    for step in range(4):
+        set_gradients(step, mine, plain)
+        if step < 2:
+            mine[1].grad = plain[1].grad = None
+        optimizer.step()
+        reference.step()
+    assert_same((optimizer, mine), (reference, plain))
+
+
 @pytest.mark.parametrize("name", SEVEN)
 def test_parameters_of_every_shape_and_layout(name):
     """Empty, of no dimension, transposed, channels last, permuted, with gaps; gradients contiguous and permuted."""
