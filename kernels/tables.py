@@ -54,7 +54,9 @@ class Tables:
         chunks = [(i, n) for i, size in enumerate(sizes) for n in range(triton.cdiv(size, self.blocks * BLOCK))]
         self.programs = len(chunks)
         rows = {**addresses, SIZE.value: sizes, GROUP.value: group_of}
-        # A captured copy reads its host memory again at each replay: the last of each kind is kept.
+        # A captured copy reads its host memory again at each replay, so the last of each kind is kept; there it is not
+        # pinned, which would ask the driver for memory in the midst of a capture.
+        self._pinned = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
         self._staged: dict[str, torch.Tensor] = {}
         every_row = [rows.get(row, [0] * self.tensors) for row in range(ROWS)]
         self.table = self._stage("table", every_row).to(device, non_blocking=True)
@@ -63,7 +65,7 @@ class Tables:
         self.groups: torch.Tensor | None = None
 
     def _stage(self, name: str, values: Sequence, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        self._staged[name] = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=self.device.type == "cuda")
+        self._staged[name] = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=self._pinned)
         return self._staged[name]
 
     def set_gradients(self, addresses: Sequence[int]) -> None:
