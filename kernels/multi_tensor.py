@@ -29,7 +29,7 @@ from .tables import (
     load,
     pointer,
     unscaled,
-)  # fmt: skip
+)
 from .update_rules import COLUMNS, DECOUPLED, L1, LR, SIGN, WEIGHT_DECAY, hyperparameter
 
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .checkpoints import NARROW, KeepsCheckpoints
+from .checkpoints import NARROW, KeepsCheckpoints, counts_on_device
 
 COLUMNS, OWN = 9, 5  # of a row of hyperparameters, as in kernels.update_rules, which is not there without Triton
 
@@ -64,8 +64,7 @@ class Algorithm(KeepsCheckpoints):
     def structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What of a group decides the plan, beside its parameters."""
         tensors = [(v.device, v.dtype) if isinstance(v, Tensor) else None for v in self.hyperparameters(group)]
-        on_device = bool(group.get("capturable") or group.get("fused"))
-        return self.state_names(group), group["differentiable"], on_device, tensors
+        return self.state_names(group), group["differentiable"], counts_on_device(group), tensors
 
     def row(self, group: dict[str, Any], device: torch.device | None) -> tuple[list[float], list[int]]:
         """(numbers, addresses) of a group for kernels/update_rules.py; a tensor on the device goes by its address.

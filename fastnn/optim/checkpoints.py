@@ -12,6 +12,11 @@ ATTRIBUTES = (
 )  # fmt: skip
 
 
+def counts_on_device(group: dict[str, Any]) -> bool:
+    """Whether torch keeps the step counts of a group where its parameters are."""
+    return bool(group.get("capturable") or group.get("fused"))
+
+
 class KeepsCheckpoints(torch.optim.Optimizer):
     counters: ClassVar[tuple[str, ...]] = ("step",)  # names of the 0-d entries of the state that each step moves
     state_dtype: torch.dtype | None
@@ -52,7 +57,7 @@ class KeepsCheckpoints(torch.optim.Optimizer):
     def _restore(self, group: dict[str, Any], param: Tensor, saved: dict[str, Any]) -> None:
         """Where torch has cast or shared what a checkpoint holds of a parameter, takes it from there again."""
         state, wide = self.state.get(param, {}), self.state_dtype is not None and param.dtype in NARROW
-        on_device = bool(group.get("capturable") or group.get("fused"))
+        on_device = counts_on_device(group)
         for name, value in saved.items():
             if name in self.counters and isinstance(value, Tensor):
                 value = value.detach().clone()  # torch's own load shares it with the checkpoint

@@ -12,7 +12,7 @@ from ..memory import is_capturing
 from . import eager
 from .algorithm import Algorithm
 from .bundle import is_distributed
-from .checkpoints import KeepsCheckpoints
+from .checkpoints import KeepsCheckpoints, counts_on_device
 from .plan import Plan
 
 EXTRAS = ("max_grad_norm", "l1", "state_dtype", "stochastic_rounding")
@@ -152,8 +152,7 @@ class MultiTensorOptimizer(Algorithm):
         if not is_capturing():
             self._plan = plan = Plan(self)
         else:
-            on_device = (group.get("capturable") or group.get("fused") for group in self.param_groups)
-            if self.counters and not all(on_device):
+            if self.counters and not all(map(counts_on_device, self.param_groups)):
                 raise RuntimeError(
                     f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} whose groups "
                     "count their steps on the host: pass capturable=True (Adagrad: fused=True)"

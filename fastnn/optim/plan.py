@@ -13,6 +13,7 @@ from .. import dispatch
 from ..memory import copy_in_layout, is_dense, on, same_layout
 from .algorithm import Algorithm, is_addressable
 from .bundle import Bundle, Kind, Member, is_distributed, is_gradient, local
+from .checkpoints import counts_on_device
 from .eager import check
 
 Group = dict[str, Any]
@@ -64,7 +65,7 @@ def is_served(optimizer: Algorithm, group: Group, param: Tensor) -> bool:
 def kind_of(optimizer: Algorithm, group: Group, param: Tensor) -> Kind | None:
     """The bundle of a served parameter; None where its state is not one the kernels can take."""
     state, here = optimizer.state.get(param, {}), local(param)
-    names, on_device = optimizer.state_names(group), bool(group.get("capturable") or group.get("fused"))
+    names, on_device = optimizer.state_names(group), counts_on_device(group)
     present = [local(state.get(name)) for name in names if name is not None]
     counts = [state.get(name) for name in optimizer.counters]
     if not all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in present):

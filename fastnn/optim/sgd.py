@@ -33,7 +33,9 @@ class SGD(MultiTensorOptimizer, torch.optim.SGD):
     def hidden_count(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
         if group["momentum"] == 0 and not self.stochastic_rounding:
             return None
-        return self._hidden_counts.setdefault(param, torch.ones((), dtype=torch.float32, device=param.device))
+        if param not in self._hidden_counts:  # a buffer that came with a checkpoint: its first step is made
+            self._hidden_counts[param] = torch.ones((), dtype=torch.float32, device=param.device)
+        return self._hidden_counts[param]
 
     def torch_group(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
         """Not fused where only some have a buffer yet: torch's fused step raises TypeError then."""

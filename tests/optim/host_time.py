@@ -7,6 +7,7 @@ tensors so small that its arithmetic is nothing; what it counts and dispatches t
 import json
 import sys
 import time
+from unittest.mock import patch
 
 import torch
 from support.ahead_of_time import stand_in_driver
@@ -40,6 +41,18 @@ def compare(count: int, launches: list) -> dict:
     return {"theirs": min(turn[0] for turn in turns), "ours": min(turn[1] for turn in turns), "launches": per_step}
 
 
+def clipped(launches: list) -> list[str]:
+    """Launches of a step that clips, of three groups."""
+    params = parameters([(8,), (5, 3), (2000,)])
+    groups = [{"params": [param], "lr": 0.1 * (i + 1)} for i, param in enumerate(params)]
+    optimizer = fastnn.optim.AdamW(groups, max_grad_norm=1.0)
+    set_gradients(0, params)
+    optimizer.step()
+    launches.clear()
+    optimizer.step()
+    return [launch.kernel for launch in launches]
+
+
 def upload(launches: list) -> dict:
     """Uploads and compilations of steps between which a schedule changes every number."""
     params = parameters([(8,), (5, 3), (2000,)])
@@ -55,15 +68,15 @@ def upload(launches: list) -> dict:
         sizes.append(staged.numel() * staged.element_size())
         return staged
 
-    tables.Tables._stage = counted
     launches.clear()
-    for _ in range(10):
-        schedule.step()
-        optimizer.step()
-    moving, compiled = list(uploads), {id(launch.compiled) for launch in launches}
-    uploads.clear()
-    for _ in range(5):
-        optimizer.step()
+    with patch.object(tables.Tables, "_stage", counted):
+        for _ in range(10):
+            schedule.step()
+            optimizer.step()
+        moving, compiled = list(uploads), {id(launch.compiled) for launch in launches}
+        uploads.clear()
+        for _ in range(5):
+            optimizer.step()
     return {"uploads": moving, "bytes": max(sizes), "compiled": len(compiled), "idle": uploads, "steps": len(launches)}
 
 
@@ -72,7 +85,7 @@ def main() -> None:
     dispatch.device_path = lambda device: dispatch.Path("triton")
     with stand_in_driver(90) as launches:
         tensors = {count: compare(count, launches) for count in (10, 60, 300)}
-        result = {"tensors": tensors, "schedule": upload(launches)}
+        result = {"tensors": tensors, "schedule": upload(launches), "clipped": clipped(launches)}
     json.dump(result, sys.stdout)
 
 

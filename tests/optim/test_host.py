@@ -16,6 +16,7 @@ def test_host_time_launches_uploads_and_compilations():
     assert ratios["60"] <= 1 / 5, ratios
     assert ratios["300"] <= 1 / 5, ratios
     assert ratios["10"] <= 1 / 2, ratios
+    assert found["clipped"] == ["norm_kernel", "step_kernel"]
     schedule = found["schedule"]
     assert schedule["uploads"] == ["groups"] * 10  # one small copy a change, and none of addresses
     assert schedule["bytes"] <= 4096
