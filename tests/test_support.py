@@ -9,8 +9,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from support.ahead_of_time import Launch, resources, stand_in_driver, without_interpreter
+from support.ahead_of_time import Launch, resources, stand_in_driver
+from support.compiled import instructions_per_element, wide_share
 from support.interpreter import Bytes, TensorBytes, count_accesses, shuffled_grid
+from support.ops_log import OpsLog
+from support.processes import in_interpreter, without_interpreter
 from triton.runtime.driver import driver
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
@@ -171,6 +174,8 @@ def test_stand_in_driver_compiles_for_each_gpu_and_resources_reads_the_code():
         assert unaligned | {"loads": {"32": 8}, "stores": {"128": 2}, "stack": 0} == unaligned
         assert min(spilling["stack"], spilling["opcodes"]["STL"], spilling["opcodes"]["LDL"]) > 0
         assert min(tensor_core["tensor_core"], tensor_core["shared"]) > 0
+        assert (aligned["loops"], len(tensor_core["loops"]) > 0) == ([], True)
+        assert all(0 < loop["instructions"] < tensor_core["instructions"] for loop in tensor_core["loops"])
         assert (list(tensor_core["async_copies"]), tensor_core["loads"]) == (["128"], {})
         assert again == tensor_core | {"grid": [5, 6, 7]}
 
@@ -197,6 +202,36 @@ def describe(launch: Launch) -> dict[str, Any]:
 if __name__ == "__main__":
     toys = {capability: compile_toys(capability) for capability in CAPABILITIES}
     print(json.dumps({capability: list(map(describe, launches)) for capability, launches in toys.items()}))
+
+
+def test_instructions_per_element_are_those_of_the_loops_that_move_tiles():
+    whole = {"elements": 8, "instructions": 240, "loops": [{"instructions": 50, "loads": {"32": 4}, "stores": {}}]}
+    assert instructions_per_element(whole) == 30
+    loops = [{"instructions": n, "loads": {"128": 2}, "stores": {"128": 1, "32": 1}} for n in (40, 56)]
+    streamed = {**whole, "loops": [*whole["loops"], *loops]}
+    assert instructions_per_element(streamed) == 12
+    assert (wide_share(whole), wide_share(streamed)) == (None, 75)
+
+
+def test_ops_log_lists_what_a_gpu_would_launch():
+    x, y, host = torch.empty(2, 3, device="meta"), torch.empty(3, 2, device="meta"), torch.ones(2)
+    with OpsLog() as log:
+        torch.mm(x, y, out=torch.empty(2, 2, device="meta"))
+        x.add_(1.0).t().copy_(y)
+        torch.empty_like(x).view(6)
+        host.add_(1.0)
+    (mm, add, copy), f32 = log.ops, torch.float32
+    assert (mm.reads, mm.writes) == ((((2, 3), f32), ((3, 2), f32)), (((2, 2), f32),))
+    assert (add.name, add.reads, add.writes) == ("add_", (((2, 3), f32),), (((2, 3), f32),))
+    assert (copy.name, copy.reads, copy.writes) == ("copy_", (((3, 2), f32),), (((3, 2), f32),))
+    assert (log.accesses((2, 3), (3, 2)), log.accesses((2, 3), masks=True)) == (6, 0)
+
+
+@pytest.mark.parametrize(("run", "interpreted"), [(in_interpreter, True), (without_interpreter, False)])
+def test_a_script_runs_with_or_without_the_interpreter(run, interpreted, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys, triton; print([int(triton.knobs.runtime.interpret), int(sys.argv[1])])")
+    assert run(script, "7") == [interpreted, 7]
 
 
 def test_memory_is_poisoned():

@@ -1,15 +1,16 @@
-"""Compiles what the launchers launch, without a GPU, and prints a JSON row per launch. Run by test_compile.py.
+"""Compiles what the launchers launch, without a GPU; prints a JSON row per launch. Run by test_compile.py and bench.
 
-    python -m tests.kernels.compile_launches CAPABILITY
+    python -m tests.kernels.compile_launches CAPABILITY [representative]
 
-Each row: kernel, case, dtype, resources. Launchers get CPU tensors of the real shapes, untouched and so never resident.
+Each row: kernel, case, shape, dtype, resources. Launchers get CPU tensors of the real shapes, untouched and so never
+resident. `representative`: one launch of each kernel for a case, what bench_compiled.py shows.
 """
 
 import json
 import sys
 
 import torch
-from support.ahead_of_time import MULTIPROCESSORS, resources, stand_in_driver
+from support.ahead_of_time import MULTIPROCESSORS, describe, stand_in_driver
 
 from fastnn.activations import ACTIVATIONS
 from fastnn.kernels import tiles
@@ -42,12 +43,27 @@ def activations() -> tuple[Epilogue, Epilogue]:
     return Epilogue("relu", p=0.5, seed=seed), Epilogue("gelu", p=0.5, seed=seed)
 
 
-def launch_columns(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> None:
-    relu, gelu = activations()
+def train_by_columns(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> tuple:
+    relu, _ = activations()
     z, stats = torch.empty((M, N), dtype=dtype), torch.empty((2, N))
     shape = tiles.columns_tiles(M, N, z.element_size(), multiprocessors)
     forward_columns(z, norm_of("batch", N), relu, shape)
     backward_columns(z, z, stats, norm_of("batch", N), relu, stats[0], shape)
+    return z, stats, shape
+
+
+def train_by_split(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> tuple:
+    relu, _ = activations()
+    z, stats = torch.empty((M, N), dtype=dtype), torch.empty((2, N))
+    shape = tiles.split_tiles(M, N, z.element_size(), multiprocessors)
+    forward_split(z, norm_of("batch", N), relu, shape)
+    backward_split(z, z, stats, norm_of("batch", N), relu, stats[0], shape)
+    return z, stats, shape
+
+
+def launch_columns(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> None:
+    relu, gelu = activations()
+    z, stats, shape = train_by_columns(M, N, dtype, multiprocessors)
     if M == 64:
         forward_columns(z, norm_of("batch", N)._replace(momentum=None), relu, shape)
     if M == 1024 and N == 1024:
@@ -59,10 +75,7 @@ def launch_columns(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> 
 
 def launch_split(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> None:
     relu, gelu = activations()
-    z, stats = torch.empty((M, N), dtype=dtype), torch.empty((2, N))
-    shape = tiles.split_tiles(M, N, z.element_size(), multiprocessors)
-    forward_split(z, norm_of("batch", N), relu, shape)
-    backward_split(z, z, stats, norm_of("batch", N), relu, stats[0], shape)
+    z, stats, shape = train_by_split(M, N, dtype, multiprocessors)
     if M > 100_000:
         forward_apply(z, norm_of("running", N), relu, shape)
         forward_apply(z, Norm("none"), gelu, shape)
@@ -77,6 +90,14 @@ def launch_linear(M: int, N: int, K: int, dtype: torch.dtype, multiprocessors: i
     for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
         forward_linear(x, weight, bias, Norm("none"), relu, plain, precision, True)
         forward_linear(x, weight, None, norm_of("running", N), relu, folded, precision, False)
+
+
+def launch_eval(M: int, N: int, K: int, dtype: torch.dtype, multiprocessors: int) -> None:
+    """BatchNorm folded into the GEMM; in fp32 by TF32, as without it the library's GEMM serves."""
+    x, weight = torch.empty((M, K), dtype=dtype), torch.empty((N, K), dtype=dtype)
+    shape = tiles.linear_tiles(M, N, x.element_size(), True, multiprocessors)
+    precision = "tf32" if dtype == torch.float32 else "ieee"
+    forward_linear(x, weight, None, norm_of("running", N), Epilogue("relu"), shape, precision, False)
 
 
 class SeedOnDevice(Epilogue):
@@ -96,27 +117,37 @@ def launch_every_activation(M: int, N: int, dtype: torch.dtype, multiprocessors:
 
 
 CASES = [
-    *((launch_columns, shape) for shape in COLUMNS_SHAPES),
-    *((launch_split, shape) for shape in SPLIT_SHAPES),
-    *((launch_linear, shape) for shape in LINEAR_SHAPES),
+    *(("columns", launch_columns, shape) for shape in COLUMNS_SHAPES),
+    *(("split", launch_split, shape) for shape in SPLIT_SHAPES),
+    *(("linear", launch_linear, shape) for shape in LINEAR_SHAPES),
+]
+EVERY_ACTIVATION = ("activations", launch_every_activation, (64, 64))
+REPRESENTATIVE = [
+    ("columns in registers", train_by_columns, (1024, 1024)),
+    ("columns streamed", train_by_columns, (10_000, 4096)),
+    ("split", train_by_split, (380_000, 512)),
+    ("eval", launch_eval, (2048, 2048, 2048)),
 ]
 
 
-def main(capability: int) -> None:
+def cases(capability: int, selection: list[str]) -> list[tuple]:
+    if selection == ["representative"]:
+        return [(*case, dtype) for dtype in (torch.float32, torch.bfloat16) for case in REPRESENTATIVE]
+    every = [(*case, dtype) for dtype in (torch.float32, torch.bfloat16) for case in CASES]
+    return every + [(*EVERY_ACTIVATION, torch.float32)] * (capability == 90)
+
+
+def main(capability: int, *selection: str) -> None:
     rows, seen = [], set()
     with stand_in_driver(capability) as launches:
-        for dtype in (torch.float32, torch.bfloat16):
-            extra = [(launch_every_activation, (64, 64))] if capability == 90 and dtype == torch.float32 else []
-            for launch, shape in CASES + extra:
-                launch(*shape, dtype, MULTIPROCESSORS[capability])
-                for one in launches:
-                    if id(one.compiled) in seen:
-                        continue
+        for case, launch, shape, dtype in cases(capability, [*selection]):
+            launch(*shape, dtype, MULTIPROCESSORS[capability])
+            for one in launches:
+                if id(one.compiled) not in seen:
                     seen.add(id(one.compiled))
-                    found = vars(resources(one.compiled))
-                    rows.append({"kernel": one.kernel, "shape": shape, "dtype": str(dtype), **found})
+                    rows.append({"case": case, "shape": shape, "dtype": str(dtype), **describe(one)})
     json.dump(rows, sys.stdout)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])

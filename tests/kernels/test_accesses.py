@@ -1,92 +1,57 @@
 """What a training step of one block moves: accesses of [M, N] in device memory, rereads apart, nothing else stored.
 
-One access is M·N distinct elements of one launch or one GEMM operand. A second read within a launch is a reread,
-which L2 serves; one from registers does not occur at all.
+support/block_traffic.py says what an access is.
 """
-
-from dataclasses import dataclass
 
 import pytest
 import torch
+from support.block_traffic import EVAL, TRAINING, K, Traffic, count_block
 from support.blocks import Block
-from support.interpreter import count_accesses
 
 from fastnn import dispatch
-
-K = 5
-
-
-@dataclass
-class Counted:
-    reads: float
-    writes: float
-    rereads: float
-    launches: list[str]
-    gemm: int
-
-    @property
-    def accesses(self) -> float:
-        return self.reads + self.writes + self.gemm
-
-
-def count_step(plan: str, M: int, N: int, monkeypatch: pytest.MonkeyPatch, **settings) -> Counted:
-    block = Block(M, K, N, p=0.5, **settings)
-    gemm_operands = []
-
-    def watch(name):
-        function = getattr(torch, name)
-
-        def watched(*operands, out):
-            gemm_operands.extend(t for t in (*operands, out) if t.shape in {(M, N), (N, M)})
-            return function(*operands, out=out)
-
-        monkeypatch.setattr(torch, name, watched)
-
-    watch("mm")
-    watch("addmm")
-    with count_accesses() as counted, dispatch.forced_plan(plan):
-        block.ours(block.draw(torch.Generator().manual_seed(0)))
-    size = M * N * 4
-    activations = counted.shaped(M, N)
-    return Counted(
-        sum(t.read for t in activations) / size,
-        sum(t.written for t in activations) / size,
-        sum(t.total_read - t.read + t.total_written - t.written for t in activations) / size,
-        [launch.kernel for launch in counted.launches],
-        len(gemm_operands),
-    )
-
 
 FORWARD_COLUMNS, FORWARD_SPLIT = ["columns_forward_kernel"], ["split_statistics_kernel", "apply_kernel"]
 BACKWARD_COLUMNS, BACKWARD_SPLIT = ["columns_backward_kernel"], ["split_sums_kernel", "split_dz_kernel"]
 
 
-def test_columns_in_registers_makes_8_accesses_and_rereads_nothing(monkeypatch):
-    step = count_step("columns", 100, 24, monkeypatch)
+def count_case(case: str) -> Traffic:
+    plan, M, N, settings = (TRAINING | EVAL)[case]
+    return count_block(plan, M, N, **settings)
+
+
+def test_columns_in_registers_makes_8_accesses_and_rereads_nothing():
+    step = count_case("columns in registers")
     assert step.launches == FORWARD_COLUMNS + BACKWARD_COLUMNS
     assert (step.reads, step.writes, step.gemm, step.rereads) == (3, 2, 3, 0)
     assert step.accesses == 8
 
 
-def test_streamed_columns_makes_8_accesses_and_rereads_3(monkeypatch):
+def test_streamed_columns_makes_8_accesses_and_rereads_3():
     """z in the forward, g and z in the backward come a second time, from L2."""
-    step = count_step("columns", 1100, 12, monkeypatch)
+    step = count_case("columns streamed")
     assert step.launches == FORWARD_COLUMNS + BACKWARD_COLUMNS
     assert (step.accesses, step.rereads) == (8, 3)
 
 
 @pytest.mark.parametrize("M", [100, 1100])
-def test_split_makes_11_accesses_and_rereads_nothing(M, monkeypatch):
-    step = count_step("split", M, 12, monkeypatch)
+def test_split_makes_11_accesses_and_rereads_nothing(M):
+    step = count_block("split", M, 12)
     assert step.launches == FORWARD_SPLIT + BACKWARD_SPLIT
     assert (step.reads, step.writes, step.gemm, step.rereads) == (6, 2, 3, 0)
     assert step.accesses == 11
 
 
-def test_without_batch_norm_the_epilogue_writes_z_and_out(monkeypatch):
-    step = count_step("epilogue", 100, 24, monkeypatch, norm="none", bias=True)
+def test_without_batch_norm_the_epilogue_writes_z_and_out():
+    step = count_case("without BatchNorm")
     assert step.launches == ["linear_forward_kernel", *BACKWARD_COLUMNS]
     assert (step.reads, step.writes, step.gemm, step.rereads) == (2, 3, 2, 0)
+
+
+def test_eval_writes_out_in_one_launch():
+    step = count_case("eval")
+    assert step.launches == ["linear_forward_kernel"]
+    assert step.products == []
+    assert (step.reads, step.writes, step.gemm, step.rereads) == (0, 1, 0, 0)
 
 
 @pytest.mark.parametrize("plan", ["columns", "split"])

@@ -3,13 +3,27 @@
 from pathlib import Path
 
 import pytest
-from support.ahead_of_time import SHARED_PER_BLOCK, without_interpreter
+from support.ahead_of_time import SHARED_PER_BLOCK
+from support.compiled import instructions_per_element
+from support.processes import without_interpreter
 
 SCRIPT = Path(__file__).with_name("compile_launches.py")
 KERNELS = {
     "columns_forward_kernel", "split_statistics_kernel", "apply_kernel", "linear_forward_kernel",
     "columns_backward_kernel", "split_sums_kernel", "split_dz_kernel", "count_batch_kernel",
 }  # fmt: skip
+
+# Instructions per element: a tenth more than the worst architecture and dtype takes with Triton 3.6 or 3.9.
+INSTRUCTIONS = {
+    ("columns_forward_kernel", 1024, 1024): 44,
+    ("columns_backward_kernel", 1024, 1024): 42,
+    ("columns_forward_kernel", 10_000, 4096): 24,
+    ("columns_backward_kernel", 10_000, 4096): 46,
+    ("split_statistics_kernel", 380_000, 512): 8.8,
+    ("apply_kernel", 380_000, 512): 17,
+    ("split_sums_kernel", 380_000, 512): 23,
+    ("split_dz_kernel", 380_000, 512): 25,
+}
 
 
 def name_of(row: dict) -> str:
@@ -57,6 +71,17 @@ def check_dropout_costs_few_instructions(rows: list[dict]) -> None:
     assert 0 < max(both) - min(both) <= 11 * 32  # 32 elements a thread
 
 
+def check_instructions_per_element(rows: list[dict]) -> None:
+    """Of training with ReLU and dropout, which each shape launches first."""
+    first: dict[tuple, dict] = {}
+    for row in rows:
+        first.setdefault((row["kernel"], *row["shape"], row["dtype"]), row)
+    assert {key[:3] for key in first} >= INSTRUCTIONS.keys()
+    for key, row in first.items():
+        if key[:3] in INSTRUCTIONS:
+            assert instructions_per_element(row) <= INSTRUCTIONS[key[:3]], name_of(row)
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_launch_compiles_without_spill_and_with_wide_accesses(capability):
     """One test for an architecture, as compiling for one takes the better part of a minute."""
@@ -65,3 +90,4 @@ def test_every_launch_compiles_without_spill_and_with_wide_accesses(capability):
     check_accesses_are_as_wide_as_the_rows_allow(rows)
     check_products_use_tensor_cores_and_wide_copies(rows)
     check_dropout_costs_few_instructions(rows)
+    check_instructions_per_element(rows)

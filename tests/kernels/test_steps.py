@@ -6,12 +6,15 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from support.ahead_of_time import without_interpreter
+from support.compiled import instructions_per_element
+from support.processes import without_interpreter
 
 from fastnn.kernels.tables import BLOCK, Tables, chunk_of
 
 SCRIPT = Path(__file__).with_name("compile_steps.py")
 PER_THREAD = BLOCK // 128  # elements
+# Instructions per element where whole blocks are walked: a tenth more than the worst architecture and dtype takes.
+INSTRUCTIONS = {("sgd", 1): 27, ("adam", 3): 52}
 
 
 def accesses(itemsizes) -> int:
@@ -36,6 +39,9 @@ def test_steps_do_not_spill_and_access_16_bytes(capability):
         else:  # the partials are read 16 bytes at a time, too, and the unscaled gradient is written
             assert row["loads"]["128"] >= accesses([param, grad, *states]), row
             assert row["stores"]["128"] == accesses([param, grad, *states]), row
+    for row in steps:
+        limit = INSTRUCTIONS.get((row["rule"], row["present"]))
+        assert limit is None or instructions_per_element(row) <= limit, (row, instructions_per_element(row))
     for row in rows:
         if row["kernel"] == "clip_kernel":  # whose loop is unrolled
             assert row["stores"]["128"] % accesses(row["dtypes"]) == 0, row

@@ -1,44 +1,27 @@
-"""What a step costs on the host, ours and torch's fused Adam in turn; prints JSON. Run by test_host.py.
-
-Kernels compile for sm_90 and are launched by a driver that only counts. torch's fused Adam runs on the CPU, on
-tensors so small that its arithmetic is nothing; what it counts and dispatches there, it would launch on a GPU.
-"""
+"""What a step costs on the host, ours and torch's fused Adam in turn; prints JSON. Run by test_host.py."""
 
 import json
 import sys
-import time
 from unittest.mock import patch
 
 import torch
 from support.ahead_of_time import stand_in_driver
+from support.host_time import TENSORS, adam_steps, in_turns
+from support.ops_log import paths_of_a_gpu
 from support.optimizers import parameters, set_gradients
 
 import fastnn
-from fastnn import dispatch
 from fastnn.kernels import tables
 
 
-def microseconds(step, repeats: int = 300) -> float:
-    """Of one step among many, after some that make caches its own."""
-    for _ in range(repeats):
-        step()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    return (time.perf_counter() - start) / repeats * 1e6
-
-
 def compare(count: int, launches: list) -> dict:
-    """The best of several turns, so that another process on the machine does not decide."""
-    params = parameters([(8,)] * count)
-    set_gradients(0, params)
-    theirs, ours = torch.optim.Adam(params, fused=True), fastnn.optim.Adam(params, fused=True)
-    theirs.step(), ours.step()
+    """The best of several turns."""
+    steps = adam_steps(count)
     launches.clear()
-    ours.step()
+    steps["fastnn"]()
     per_step = len(launches)
-    turns = [(microseconds(theirs.step), microseconds(ours.step)) for _ in range(5)]
-    return {"theirs": min(turn[0] for turn in turns), "ours": min(turn[1] for turn in turns), "launches": per_step}
+    times = in_turns(steps)
+    return {"theirs": min(times["fused"]), "ours": min(times["fastnn"]), "launches": per_step}
 
 
 def clipped(launches: list) -> list[str]:
@@ -82,9 +65,8 @@ def upload(launches: list) -> dict:
 
 def main() -> None:
     torch.set_num_threads(1)
-    dispatch.device_path = lambda device: dispatch.Path("triton")
-    with stand_in_driver(90) as launches:
-        tensors = {count: compare(count, launches) for count in (10, 60, 300)}
+    with stand_in_driver(90) as launches, paths_of_a_gpu():
+        tensors = {count: compare(count, launches) for count in TENSORS}
         result = {"tensors": tensors, "schedule": upload(launches), "clipped": clipped(launches)}
     json.dump(result, sys.stdout)
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from support.ahead_of_time import without_interpreter
+from support.processes import without_interpreter
 
 
 def test_host_time_launches_uploads_and_compilations():

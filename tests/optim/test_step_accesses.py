@@ -4,12 +4,11 @@ import pytest
 import torch
 from support.interpreter import count_accesses, shuffled_grid
 from support.optimizers import copies, ours, parameters, set_gradients, state_tensors
+from support.step_traffic import ELEMENTS, SHAPES, count_launches, count_step, our_step
 from torch import nn
 
 from fastnn.nn.utils import clip_grad_norm_
 
-SHAPES = [(3, 5), (1030,), (2048,), (7,)]
-ELEMENTS = 15 + 1030 + 2048 + 7
 # (optimizer, flags, bytes per fp32 parameter: parameter and states read and written, gradient read)
 FLOOR = [
     ("SGD", {}, 12),
@@ -27,31 +26,13 @@ FLOOR = [
 ]
 
 
-def touched(optimizer, params):
-    """(bytes read, bytes written, rereads) of parameters, gradients and state, and the launches, of one step."""
-    tensors = {f"param {i}": param for i, param in enumerate(params)}
-    tensors |= {f"grad {i}": param.grad for i, param in enumerate(params)}
-    for i, param in enumerate(params):
-        state = optimizer.state.get(param, {})
-        tensors |= {f"{name} {i}": value for name, value in state.items() if value.shape == param.shape}
-    with count_accesses(tensors) as counted:
-        optimizer.step()
-    of = [bytes_ for launch in counted.launches for bytes_ in launch.named.values()]
-    rereads = sum(b.total_read - b.read + b.total_written - b.written for b in of)
-    return sum(b.read for b in of), sum(b.written for b in of), rereads, [launch.kernel for launch in counted.launches]
-
-
 @pytest.mark.parametrize(("name", "flags", "floor"), FLOOR, ids=str)
 def test_every_value_is_read_and_written_once_in_one_launch(name, flags, floor):
-    params = parameters(SHAPES)
-    optimizer = ours(name)(params, **flags)
-    set_gradients(0, params)
-    optimizer.step()
-    read, written, rereads, launches = touched(optimizer, params)
-    assert (read + written) / ELEMENTS == floor
-    assert read - written == 4 * ELEMENTS  # the gradient alone is only read
-    assert rereads == 0
-    assert launches == ["step_kernel"]
+    step = our_step(name, **flags)
+    assert step.per_parameter == floor
+    assert step.read - step.written == 4 * ELEMENTS  # the gradient alone is only read
+    assert step.rereads == 0
+    assert step.launches == ["step_kernel"]
 
 
 def test_groups_share_a_launch_dtypes_do_not_clipping_takes_one_more_each():
@@ -59,36 +40,31 @@ def test_groups_share_a_launch_dtypes_do_not_clipping_takes_one_more_each():
     optimizer = ours("Adam")([{"params": [param], "lr": 0.1 * i, "maximize": i == 2} for i, param in enumerate(params)])
     set_gradients(0, params)
     optimizer.step()
-    assert touched(optimizer, params)[3] == ["step_kernel"]
+    assert count_step(optimizer, params).launches == ["step_kernel"]
     optimizer.max_grad_norm = 1.0
-    read, written, _, launches = touched(optimizer, params)
-    assert launches == ["norm_kernel", "step_kernel"]
-    assert (read + written) / ELEMENTS == 28 + 4
+    step = count_step(optimizer, params)
+    assert step.launches == ["norm_kernel", "step_kernel"]
+    assert step.per_parameter == 28 + 4
     mixed = [*copies(params), nn.Parameter(torch.randn(9).bfloat16())]
     optimizer = ours("Adam")(mixed)
     set_gradients(0, mixed)
     optimizer.step()
-    assert touched(optimizer, mixed)[3] == ["step_kernel"] * 2
+    assert count_step(optimizer, mixed).launches == ["step_kernel"] * 2
 
 
 def test_low_precision_bytes():
     """bf16 parameters: 14 bytes, 22 with fp32 state. Scaled gradients are written back, and not touched on overflow."""
     for settings, floor in (({}, 14), ({"state_dtype": torch.float32}, 22), ({"stochastic_rounding": True}, 14)):
-        params = parameters(SHAPES, torch.bfloat16)
-        optimizer = ours("Adam")(params, **settings)
-        set_gradients(0, params)
-        optimizer.step()
-        read, written, rereads, _ = touched(optimizer, params)
-        assert ((read + written) / ELEMENTS, rereads) == (floor, 0)
+        step = our_step("Adam", torch.bfloat16, **settings)
+        assert (step.per_parameter, step.rereads) == (floor, 0)
     params = parameters(SHAPES)
     optimizer = ours("Adam")(params, fused=True)
     set_gradients(0, params)
     optimizer.step()
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
-    read, written, _, _ = touched(optimizer, params)
-    assert (read + written) / ELEMENTS == 32
+    assert count_step(optimizer, params).per_parameter == 32
     optimizer.found_inf = torch.tensor(1.0)
-    assert touched(optimizer, params)[:2] == (0, 0)
+    assert count_step(optimizer, params).per_parameter == 0
 
 
 def test_missing_gradients_leave_their_parameters_untouched():
@@ -105,11 +81,10 @@ def test_missing_gradients_leave_their_parameters_untouched():
 def test_clip_grad_norm_takes_two_launches_and_twelve_bytes():
     params = parameters(SHAPES)
     set_gradients(0, params)
-    with count_accesses({str(i): param.grad for i, param in enumerate(params)}) as counted:
-        clip_grad_norm_(params, 1.0)
-    assert [launch.kernel for launch in counted.launches] == ["norm_kernel", "clip_kernel"]
-    moved = sum(b.total_read + b.total_written for launch in counted.launches for b in launch.named.values())
-    assert moved / ELEMENTS == 12
+    gradients = {str(i): param.grad for i, param in enumerate(params)}
+    clipping = count_launches(gradients, lambda: clip_grad_norm_(params, 1.0))
+    assert clipping.launches == ["norm_kernel", "clip_kernel"]
+    assert (clipping.per_parameter, clipping.rereads) == (12, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,12 @@
 """Compiles real launches for NVIDIA GPUs without one, and reads what the compiler made of them.
 
-For processes in which TRITON_INTERPRET was not set when the kernels were imported (`without_interpreter`).
+For processes in which TRITON_INTERPRET was not set when the kernels were imported (support/processes.py).
 """
 
 import gc
-import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,11 +24,15 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 KIB = 1024
+THREADS_PER_WARP = 32
 SHARED_PER_BLOCK = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
 
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+# Its address, its name with modifiers, and where it branches to.
+INSTRUCTION = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(?:\s+(?:!?U?PT?\d*, )?0x([0-9a-f]+) ;)?", re.MULTILINE
+)
 WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 
 
@@ -54,6 +56,7 @@ class Resources:
     tensor_core: int
     instructions: int
     opcodes: dict[str, int]  # all instructions by name without modifiers: "FADD", "SHFL", "LDL", "STL"...
+    loops: list[dict[str, Any]]  # "instructions", "loads" and "stores" of each innermost loop
 
 
 @contextmanager
@@ -151,11 +154,21 @@ class _StandInDriver:
         return divmod(self.capability, 10)
 
 
+def describe(launch: Launch) -> dict[str, Any]:
+    """Kernel and resources as a JSON row, and "elements": of a tile, how many one thread handles; 0 without a tile."""
+    source = launch.compiled.src
+    constants = {source.fn.arg_names[place[0]]: value for place, value in source.constants.items()}
+    tile = constants.get("BLOCK", constants.get("ROWS", 0) * constants.get("COLS", 0))
+    elements = tile // (THREADS_PER_WARP * launch.compiled.metadata.num_warps)
+    return {"kernel": launch.kernel, "elements": elements, **vars(resources(launch.compiled))}
+
+
 def resources(compiled: CompiledKernel) -> Resources:
     """Reads the machine code with the cuobjdump that Triton brings along."""
     dump = _cuobjdump(compiled.asm["cubin"])
     usage = [tuple(map(int, numbers)) for numbers in USAGE.findall(dump)]
-    code = [instruction for instruction in INSTRUCTION.findall(dump) if instruction != "NOP"]
+    addressed = [instruction for instruction in INSTRUCTION.findall(dump) if instruction[1] != "NOP"]
+    code = [name for _, name, _ in addressed]
     if not usage or not code:
         raise RuntimeError(f"cuobjdump does not know the code of {compiled.name} for {compiled.metadata.target}")
     opcodes = Counter(instruction.split(".")[0] for instruction in code)
@@ -169,7 +182,17 @@ def resources(compiled: CompiledKernel) -> Resources:
         tensor_core=sum(count for opcode, count in opcodes.items() if opcode.endswith("MMA")),
         instructions=len(code),
         opcodes=dict(opcodes),
+        loops=_innermost_loops(addressed),
     )
+
+
+def _innermost_loops(code: list[tuple[str, str, str]]) -> list[dict[str, Any]]:
+    """What lies between a branch and the address before it that it leads to; a branch to itself ends every kernel."""
+    jumps = [(int(to, 16), int(at, 16)) for at, name, to in code if name.split(".")[0] == "BRA" and to]
+    spans = [(start, end) for start, end in jumps if start < end]
+    inner = [span for span in spans if not any(span[0] <= s and e <= span[1] and (s, e) != span for s, e in spans)]
+    bodies = [[name for at, name, _ in code if start <= int(at, 16) <= end] for start, end in inner]
+    return [{"instructions": len(b), "loads": _widths(b, "LDG"), "stores": _widths(b, "STG")} for b in bodies]
 
 
 def _cuobjdump(cubin: bytes) -> str:
@@ -184,11 +207,3 @@ def _cuobjdump(cubin: bytes) -> str:
 def _widths(code: list[str], opcode: str) -> dict[int, int]:
     modifiers = [instruction.split(".")[1:] for instruction in code if instruction.split(".")[0] == opcode]
     return dict(Counter(next((WIDTHS[name] for name in names if name in WIDTHS), 32) for names in modifiers))
-
-
-def without_interpreter(script: Path, *arguments: str) -> Any:
-    """Runs a script in a process where kernels compile; returns the JSON it prints. Warnings are errors."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
-    command = [sys.executable, "-W", "error", str(script), *arguments]
-    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)

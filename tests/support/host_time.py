@@ -1,0 +1,104 @@
+"""Host time of an optimizer's step and of a block, ours beside torch's own in the same run; prints JSON rows.
+
+Our kernels compile for sm_90 and are launched by a driver that only counts. torch's ops run on the CPU, on tensors so
+small that their arithmetic is nothing; what is dispatched there would be launched on a GPU. torch's foreach step is not
+among them: on a CPU it walks the tensors one by one, which no GPU does.
+
+For processes in which TRITON_INTERPRET was not set when the kernels were imported.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastnn
+from support.ahead_of_time import stand_in_driver
+from support.figures import Row
+from support.ops_log import paths_of_a_gpu
+from support.optimizers import parameters, set_gradients
+
+TENSORS = (10, 60, 300)
+TURNS = 7
+Times = dict[str, list[float]]
+
+
+def microseconds(step: Callable[[], Any], repeats: int = 300) -> float:
+    """Of one step among many, after as many that make caches its own: else each turn pays for the other's, 30 %."""
+    for _ in range(repeats):
+        step()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    return (time.perf_counter() - start) / repeats * 1e6
+
+
+def in_turns(steps: dict[str, Callable[[], Any]]) -> Times:
+    """Several turns of each, one after the other, so that another process on the machine does not decide."""
+    turns = [{name: microseconds(step) for name, step in steps.items()} for _ in range(TURNS)]
+    return {name: [turn[name] for turn in turns] for name in steps}
+
+
+def adam_steps(count: int) -> dict[str, Callable[[], Any]]:
+    """Both have made their state."""
+    params = parameters([(8,)] * count)
+    set_gradients(0, params)
+    optimizers = {"fused": torch.optim.Adam(params, fused=True), "fastnn": fastnn.optim.Adam(params, fused=True)}
+    for optimizer in optimizers.values():
+        optimizer.step()
+    return {name: optimizer.step for name, optimizer in optimizers.items()}
+
+
+def block_steps() -> dict[str, Callable[[], Any]]:
+    """Forward and backward of Linear + BatchNorm1d + ReLU + Dropout on 8 x 8 elements.
+
+    Ours draws its seed by an op, as on a CPU; a GPU's generator is asked on the host, for about the same time.
+    """
+    x, g = torch.randn(8, 8, requires_grad=True), torch.randn(8, 8)
+
+    def step_of(kind: type[nn.Sequential]) -> Callable[[], Any]:
+        model = kind(nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5))
+        leaves = [x, *model.parameters()]
+
+        def step() -> None:
+            for leaf in leaves:
+                leaf.grad = None
+            model(x).backward(g)
+
+        return step
+
+    return {"eager": step_of(nn.Sequential), "fastnn": step_of(fastnn.nn.Sequential)}
+
+
+def host_rows(figure: str, case: str, times: Times) -> list[Row]:
+    medians = {name: statistics.median(turns) for name, turns in times.items()}
+    rows: list[Row] = []
+    for name, turns in times.items():
+        row = {"kind": "host", "figure": figure, "case": case, "implementation": name}
+        rows.append({**row, "median_us": round(medians[name], 3), "best_us": round(min(turns), 3)})
+        if name == "fastnn":
+            rows[-1]["ratios"] = {
+                baseline: round(median / medians[name], 3) for baseline, median in medians.items() if baseline != name
+            }
+    return rows
+
+
+def rows() -> list[Row]:
+    torch.set_num_threads(1)
+    found: list[Row] = []
+    with stand_in_driver(90), paths_of_a_gpu():
+        for count in TENSORS:
+            times = in_turns(adam_steps(count))
+            found += host_rows("host time of an optimizer step", f"Adam, {count} tensors", times)
+        block = "Linear + BatchNorm1d + ReLU + Dropout"
+        found += host_rows("host time of a block, forward and backward", block, in_turns(block_steps()))
+    return found
+
+
+if __name__ == "__main__":
+    json.dump(rows(), sys.stdout)
