@@ -1,64 +1,70 @@
-"""One Linear + BatchNorm1d + ReLU + Dropout training step, forward and backward: eager torch.nn beside fastnn.nn.
+"""One Linear + BatchNorm1d + ReLU + Dropout: forward, backward, training step, and the forward in eval mode.
 
-    pytest bench
-
-Needs a CUDA GPU. Each row first checks that the two agree with dropout off, then is timed to the end of the device's
-work. extra_info: GPU, versions, dtype, and the fewest bytes the block's plan moves of its [M, N] activation.
+Forward, backward and eval are the device's time, from memory that is not in L2. The training step is the time that
+passes in a loop, the host's part included; its graphed rows are compared with one another only.
 """
 
-import copy
+import functools
+from collections.abc import Callable, Iterator
 
-import pytest
-import torch
-import triton
-from torch import nn
+from bench import gate, gpu, roofline
+from bench.measure import timed_row
+from bench.models import GRAPHED, UNGRAPHED, Block
+from bench.selection import ModelCase, choose
+from bench.workloads import WORKLOADS
 
-import fastnn
-
-# (M rows, K in, N out, p) of published blocks.
-SHAPES = {
-    "course notes": (64, 784, 100, 0.5),
-    "recommender": (10_000, 500, 500, 0.2),
-    "tabular, odd widths": (1024, 343, 501, 0.5),
-    "graph head": (1024, 1024, 1024, 0.5),
-    "tall": (380_000, 768, 512, 0.5),
-}
-COLUMNS_ACCESSES = 8
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="timing needs a CUDA GPU")
+QUICK = ("notes-mlp", "mag240m", "recsys-fm", "tabular-odd")
+PHASES = ("forward", "backward", "eval", "training step")
 
 
-def layers(K: int, N: int, p: float) -> list[nn.Module]:
-    return [nn.Linear(K, N, bias=False), nn.BatchNorm1d(N), nn.ReLU(), nn.Dropout(p)]
+def cases() -> Iterator[ModelCase]:
+    """The phase changes fastest: its phases share one compiled block."""
+    for workload in WORKLOADS.values():
+        for batch in workload.batches:
+            for dtype in gpu.DTYPES:
+                setting = workload.name, batch, dtype
+                yield from (ModelCase(*setting, name, phase=phase) for name in UNGRAPHED for phase in PHASES)
+                yield from (ModelCase(*setting, name, graphed=True) for name in GRAPHED)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("implementation", ["eager", "fastnn"])
-@pytest.mark.parametrize("shape", SHAPES)
-def bench_training_step(benchmark, shape, implementation, dtype):
-    M, K, N, p = SHAPES[shape]
-    eager = nn.Sequential(*layers(K, N, p)).to("cuda", dtype)
-    model = eager if implementation == "eager" else fastnn.nn.Sequential(*eager)
-    x = torch.randn(M, K, device="cuda", dtype=dtype, requires_grad=True)
-    g = torch.randn(M, N, device="cuda", dtype=dtype)
-    check_agreement(copy.deepcopy(eager), copy.deepcopy(model), x)
-
-    def step():
-        model(x).backward(g)
-        torch.cuda.synchronize()
-
-    benchmark.extra_info |= {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "dtype": str(dtype),
-        "bytes of [M, N], columns plan": COLUMNS_ACCESSES * M * N * g.element_size(),
-    }
-    benchmark(step)
+def quick(case: ModelCase) -> bool:
+    measured = case.implementation in ("eager", "compile", "fastnn")
+    return case.name in QUICK and case.dtype == "bf16" and measured and not case.graphed
 
 
-def check_agreement(eager: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
-    tolerance = 4 * torch.finfo(x.dtype).eps ** 0.5 if x.dtype == torch.float32 else 0.1
-    for layer in (eager[3], model[3]):
-        layer.p = 0.0
-    torch.testing.assert_close(model(x), eager(x), rtol=tolerance, atol=tolerance)
+@functools.lru_cache(maxsize=1)
+def prepared(case: ModelCase) -> tuple[Block, Callable[[], None]]:
+    """A block and its training step, which has passed the gate."""
+    workload, (batch,) = case.size
+    block = Block(workload, batch, case.dtype, case.implementation)
+    gate.settle_gates(block)
+    step = block.step
+    if case.graphed and case.implementation != "max-autotune":
+        with block.precision():
+            step = gpu.capture(block.step)
+    gate.check_block(block, step)
+    return block, step
+
+
+@choose(cases(), quick)
+def bench_block(case: ModelCase, gpu_only: None, benchmark, record) -> None:
+    block, step = prepared(ModelCase(case.name, case.batch, case.dtype, case.implementation, case.graphed))
+    workload, (batch,) = case.size
+    K, N = workload.blocks[0]
+    itemsize = roofline.ITEMSIZE[case.dtype]
+    models = ("fastnn", "eager", "compile", "max-autotune-no-cudagraphs", "max-autotune")
+    work = {name: roofline.block(batch, K, N, itemsize, workload.p, name)[case.phase] for name in models}
+    labels = {"feature": "block", **case.labels, "shape": f"{batch} x {K} x {N}"}
+    call, prepare = {
+        "forward": (block.forward, None),
+        "backward": (block.backward, lambda: (block.forward(),)),
+        "eval": (block.evaluate, None),
+        "training step": (step, None),
+    }[case.phase]
+    if case.phase == "eval":
+        gate.check_eval(block)
+    try:
+        with block.precision():
+            record(timed_row(benchmark, labels, call, work, case.dtype, prepare))
+    finally:
+        block.layers.train()

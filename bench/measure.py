@@ -1,0 +1,80 @@
+"""Times a call that has passed its gate and makes a row of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from bench import gpu, roofline
+from bench.results import Row
+from bench.roofline import Kernel
+
+
+def timed_row(
+    benchmark: Any,
+    labels: Row,
+    call: Callable[..., object],
+    work: dict[str, list[Kernel]],
+    rate: str = "fp32",
+    prepare: Callable[[], Any] | None = None,
+) -> Row:
+    """Times `call` and returns its row, which is the benchmark's extra_info.
+
+    Labels with "clock": "device" time the kernels alone: L2 emptied and the host ahead, one call a round, of what
+    `prepare` returns. "wall" times whole rounds of calls, the host's part included. Bytes and FLOP are those of
+    work["fastnn"] for every implementation, so that GB/s compare; each bound is the model's time of a baseline over the
+    model's time of ours. `rate` is the dtype whose measured GEMM rate is the ceiling.
+    """
+
+    def arguments() -> tuple[tuple, dict]:
+        prepared = prepare() if prepare is not None else ()
+        gpu.head_start()
+        return prepared, {}
+
+    def once() -> None:
+        call(*(prepare() if prepare is not None else ()))
+
+    for _ in range(1 if gpu.REHEARSAL else 5):
+        once()
+    rounds, iterations = gpu.rounds_of(once)
+    if labels["clock"] == "device":
+        benchmark.pedantic(call, setup=arguments, rounds=gpu.MAX_ROUNDS if rounds > gpu.MIN_ROUNDS else rounds)
+    else:
+        benchmark.pedantic(call, rounds=rounds, iterations=iterations)
+    stats = benchmark.stats.stats
+    flops, size = (sum(getattr(kernel, unit) for kernel in work["fastnn"]) for unit in ("flops", "bytes"))
+    copy, gemm = gpu.copy_rate(), gpu.gemm_rate(rate)
+    floors = {name: roofline.floor(kernels, copy, gemm, roofline.LAUNCH_SECONDS) for name, kernels in work.items()}
+    row: Row = benchmark.extra_info
+    row |= {
+        "kind": "timed",
+        **labels,
+        "median_us": round(stats.median * 1e6, 3),
+        "iqr_us": round(stats.iqr * 1e6, 3),
+        "rounds": stats.rounds,
+        "bytes": size,
+        "gb_s": round(size / stats.median / 1e9, 2),
+        "copy_percent": round(100 * size / stats.median / copy, 1),
+        "flops": flops,
+        "tflop_s": round(flops / stats.median / 1e12, 3),
+        "gemm_percent": round(100 * flops / stats.median / gemm, 1) if flops else None,
+        "device_us": round(gpu.seconds(once, rounds=10) * 1e6, 3),
+        "launches": gpu.launches(once),
+        "peak_memory_bytes": gpu.peak_memory(once),
+        "floor_us": round(roofline.floor(work["fastnn"], copy, gemm) * 1e6, 3),
+    }
+    if labels["implementation"] == "fastnn":
+        row["bounds"] = {name: round(floor / floors["fastnn"], 3) for name, floor in floors.items() if name != "fastnn"}
+    return row
+
+
+def add_ratios(rows: list[Row]) -> None:
+    """On each timed row of ours: every baseline's time over ours, of rows that differ in the implementation alone."""
+
+    def setting(row: Row) -> tuple:
+        names = ("feature", "phase", "workload", "batch", "dtype", "graphed", "optimizer")
+        return tuple(row.get(name) for name in names)
+
+    timed = [row for row in rows if row["kind"] == "timed"]
+    for ours in (row for row in timed if row["implementation"] == "fastnn"):
+        baselines = [row for row in timed if row is not ours and setting(row) == setting(ours)]
+        ours["ratios"] = {row["implementation"]: round(row["median_us"] / ours["median_us"], 3) for row in baselines}
+        ours["bounds"] = {name: bound for name, bound in ours["bounds"].items() if name in ours["ratios"]}

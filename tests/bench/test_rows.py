@@ -1,0 +1,95 @@
+"""The rows of the timed benches: which there are, what they are compared with, and what the model says of them."""
+
+import pytest
+from support.optimizers import HAS_FUSED, SEVEN
+
+from bench import bench_block, bench_clipping, bench_mlp, bench_optimizers, measure, results, roofline
+from bench.workloads import PARAMETERS, WORKLOADS
+from fastnn import dispatch
+
+CASES = {
+    "block": list(bench_block.cases()),
+    "mlp": list(bench_mlp.cases()),
+    "optimizer": list(bench_optimizers.cases()),
+    "clipping": list(bench_clipping.cases()),
+}
+SETTINGS = [(w.name, batch, dtype) for w in WORKLOADS.values() for batch in w.batches for dtype in roofline.ITEMSIZE]
+
+
+@pytest.mark.parametrize("feature", CASES)
+def test_no_two_rows_of_a_feature_are_the_same_row(feature):
+    keys = [results.key({"kind": "timed", "feature": feature, **case.labels}) for case in CASES[feature]]
+    assert len(set(keys)) == len(keys)
+    assert len({str(case) for case in CASES[feature]}) == len(keys)
+
+
+@pytest.mark.parametrize("feature", ["block", "mlp"])
+def test_each_workload_dtype_and_batch_meets_every_baseline_graphed_and_not(feature):
+    found: dict = {}
+    for case in CASES[feature]:
+        if case.phase == "training step" and case.batch is not None:
+            setting = found.setdefault((case.name, case.batch, case.dtype), {True: [], False: []})
+            setting[case.graphed].append(case.implementation)
+    assert sorted(found) == sorted(SETTINGS)
+    for implementations in found.values():
+        assert sorted(implementations[False]) == ["compile", "eager", "fastnn", "max-autotune-no-cudagraphs"]
+        assert sorted(implementations[True]) == ["eager", "fastnn", "max-autotune"]
+
+
+def test_each_optimizer_meets_every_step_of_torchs_on_every_list():
+    plain = [case for case in CASES["optimizer"] if not case.graphed and case.dtype == "fp32"]
+    for optimizer in SEVEN:
+        for name in PARAMETERS:
+            met = {case.implementation for case in plain if (case.optimizer, case.name) == (optimizer, name)}
+            assert met == {"foreach", "compiled step", "fastnn"} | ({"fused"} if optimizer in HAS_FUSED else set())
+
+
+def timed(implementation: str, median: float, graphed: bool = False, **labels) -> dict:
+    bounds = {"bounds": {"eager": 3.0, "compile": 2.0}} if implementation == "fastnn" else {}
+    labels = {"feature": "mlp", "phase": "training step", "workload": "gin", "batch": 500, "dtype": "bf16", **labels}
+    return {
+        "kind": "timed",
+        **labels,
+        "graphed": graphed,
+        "implementation": implementation,
+        "median_us": median,
+    } | bounds
+
+
+def test_ratios_are_of_rows_that_differ_in_the_implementation_alone():
+    ours = timed("fastnn", 10.0)
+    rows = [ours, timed("eager", 30.0), timed("eager", 70.0, graphed=True), timed("compile", 90.0, batch=9000)]
+    rows += [timed("compile", 80.0, dtype="tf32"), timed("max-autotune", 60.0, graphed=True)]
+    measure.add_ratios(rows)
+    assert ours["ratios"] == {"eager": 3.0}
+    assert ours["bounds"] == {"eager": 3.0}
+    graphed = timed("fastnn", 20.0, graphed=True)
+    measure.add_ratios([*rows, graphed])
+    assert graphed["ratios"] == {"eager": 3.5, "max-autotune": 3.0}
+
+
+@pytest.mark.parametrize(("M", "plan", "accesses"), [(1000, "columns", 5), (380_000, "split", 8)])
+def test_the_model_moves_what_the_plans_are_counted_to_move(M, plan, accesses):
+    """Beyond the three of its products, as tests/bench/test_counted.py counts 8 and 11 with them."""
+    K, N, itemsize = 700, 512, 2
+    assert dispatch.statistics_plan(M, N, itemsize, bench_block.gpu.DEVICE) == plan
+    step = roofline.block(M, K, N, itemsize, 0.5, "fastnn")["training step"]
+    assert sum(kernel.flops for kernel in step) == 3 * 2 * M * N * K
+    products = 3 * itemsize * (M * K + N * K + M * N)
+    assert sum(kernel.bytes for kernel in step) == products + accesses * itemsize * M * N
+
+
+def test_a_kernel_takes_the_longest_of_memory_arithmetic_and_launch():
+    kernels = [roofline.Kernel(0, 4000), roofline.Kernel(600, 10), roofline.Kernel(1, 1)]
+    assert roofline.floor(kernels, bytes_rate=1000, flops_rate=100) == 4 + 6 + 0.01
+    assert roofline.floor(kernels, bytes_rate=1000, flops_rate=100, launch=5) == 5 + 6 + 5
+
+
+def test_the_model_gives_no_baseline_less_work_than_ours():
+    for name, batch, dtype in SETTINGS:
+        models = {
+            implementation: roofline.mlp(WORKLOADS[name], batch, roofline.ITEMSIZE[dtype], implementation)
+            for implementation in ("fastnn", "eager", "compile")
+        }
+        times = {name: roofline.floor(kernels, 4e12, 8e14, 2e-6) for name, kernels in models.items()}
+        assert times["eager"] > times["compile"] >= times["fastnn"], (name, batch, dtype)
