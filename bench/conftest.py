@@ -1,5 +1,6 @@
 """Options, progress, and what is done with the rows of a run. Benchmarks run one at a time, whatever the tests do."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -100,6 +101,6 @@ def keep(config: pytest.Config, machine: results.Row, rows: list[results.Row], w
         for regression in report.regressions(before, (machine, rows)) if before and whole else []:
             write(f"worse: {regression}", red=True)
         results.save(path, machine, rows)
-        write(f"written: {path}")
+        write(f"Written: {os.path.relpath(path)}." + " python -m bench puts it into README." * whole)
     else:
         write("Part of a run: nothing is kept; --results FILE would.")

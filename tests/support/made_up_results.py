@@ -93,7 +93,7 @@ def optimizer_steps() -> Iterator[Row]:
 
 
 def counted_rows() -> Iterator[Row]:
-    figure = "accesses of [M, N] in a training step, at least"
+    figure = "accesses of [M, N] in a training step"
     for i, plan in enumerate(("columns in registers", "columns streamed", "split", "without BatchNorm")):
         yield counted(figure, plan, 21, "eager")
         yield counted(figure, plan, 8 + i // 2)
