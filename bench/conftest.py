@@ -24,6 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):
+        raise pytest.UsageError("benchmarks run one at a time: leave out -n")
     config.addinivalue_line("filterwarnings", "default")  # a baseline's warning is no reason to lose its row
     config.option.benchmark_quiet = True  # its table is per call; ours, at the end, compares
     config.stash[ROWS] = []

@@ -12,13 +12,20 @@ from bench import conftest, results
 MACHINE = {"device": "no GPU", "selection": "quick", "commit": "new"}
 
 
-def run_pytest(*arguments: str, interpret: bool) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def run_pytest(*arguments: str, interpret: bool, expected: int = 0) -> str:
+    # An xdist worker's own variables would tell pytest-benchmark that it runs in parallel.
+    ours = ("TRITON_INTERPRET", "PYTEST_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
     command = [sys.executable, "-m", "pytest", "bench", *arguments]
     done = subprocess.run(command, cwd=results.ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == expected, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_rows_side_by_side_are_refused():
+    out = run_pytest("-n", "2", "-k", "bench_clip", interpret=True, expected=4)
+    assert "benchmarks run one at a time: leave out -n" in out
 
 
 def test_rows_that_wait_for_a_gpu_are_named():
