@@ -5,7 +5,10 @@ import os
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    sys.exit('python -m bench: error: figures need matplotlib: pip install -e ".[bench]"')
 
 from bench import figures, page, report, results
 from bench.report import Run
@@ -13,7 +16,7 @@ from bench.report import Run
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    files = sorted(results.FOLDER.glob("*.json"))
+    files = sorted(path for path in results.FOLDER.glob("*.json") if ".partial" not in path.name)
     every = "default: all of bench/results"
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", default=files, help=every)
     parser.add_argument("--readme", type=Path, default=results.ROOT / "README.md")

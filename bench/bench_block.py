@@ -51,9 +51,6 @@ def bench_block(case: ModelCase, gpu_only: None, benchmark, record) -> None:
     block, step = prepared(ModelCase(case.name, case.batch, case.dtype, case.implementation, case.graphed))
     workload, (batch,) = case.size
     K, N = workload.blocks[0]
-    itemsize = roofline.ITEMSIZE[case.dtype]
-    models = ("fastnn", "eager", "compile", "max-autotune-no-cudagraphs", "max-autotune")
-    work = {name: roofline.block(batch, K, N, itemsize, workload.p, name)[case.phase] for name in models}
     labels = {"feature": "block", **case.labels, "shape": f"{batch} x {K} x {N}"}
     call, prepare = {
         "forward": (block.forward, None),
@@ -65,6 +62,8 @@ def bench_block(case: ModelCase, gpu_only: None, benchmark, record) -> None:
         gate.check_eval(block)
     try:
         with block.precision():
+            models = ("fastnn", "eager", "compile", "max-autotune-no-cudagraphs", "max-autotune")
+            work = {name: roofline.block(batch, K, N, case.dtype, workload.p, name)[case.phase] for name in models}
             record(timed_row(benchmark, labels, call, work, case.dtype, prepare))
     finally:
         block.layers.train()

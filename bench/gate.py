@@ -6,7 +6,6 @@ row's output: wherever ReLU lets a value through, a zero was dropped.
 """
 
 import copy
-import math
 from collections.abc import Callable
 
 import torch
@@ -20,7 +19,8 @@ Step = Callable[[], object]
 # Of a product's operands; what rounding may do to a normalised value before ReLU is a few of them.
 EPS = {"fp32": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-7}
 LARGE = 1 << 22  # numbers of an input beyond which the error of one order is that of another, and memory is dear
-RATE_SCATTER = 6  # standard deviations of the rate drawn: 1 row in 5e8 is beyond by chance
+FP32_BIAS_CORRECTION = 2.0**-14  # 1 - 0.999 is 5e-5 off in fp32, which torch's compiled and capturable steps take
+RATE_SCATTER = 6  # standard deviations of a rate drawn: 1 in 5e8 is beyond by chance
 
 
 class Multiply(nn.Module):
@@ -52,15 +52,18 @@ def settle_gates(block: Block) -> None:
 
 
 def dropout_mask(model: Model, before: nn.Sequential, x: Tensor, out: Tensor) -> Tensor | None:
-    """What the row's dropout multiplied with; AssertionError if it drew at another rate."""
+    """What the row's dropout multiplied with; AssertionError if it drew at another rate, anywhere."""
     if model.p == 0:
         return None
     with torch.no_grad():
         kept_if_on = out != 0
         on = plain(before, None).double()(x.double()) > 8 * EPS[model.dtype]
-    drawn, count = 1 - float(kept_if_on[on].double().mean()), int(on.sum())
-    scatter = RATE_SCATTER * math.sqrt(model.p * (1 - model.p) / count) + 2.0**-16
-    assert abs(drawn - model.p) <= scatter, f"dropout: rate {drawn:.4f} drawn, {model.p} asked, {scatter:.4f} allowed"
+    dropped = on & ~kept_if_on
+    for where, dims in (("", (0, 1)), (" in a row", (1,)), (" in a column", (0,))):
+        counts = on.sum(dims).clamp(min=1)
+        off = (dropped.sum(dims) / counts - model.p).abs()
+        scatter = RATE_SCATTER * (model.p * (1 - model.p) / counts).sqrt() + 2.0**-16
+        assert (off <= scatter).all(), f"dropout: the rate{where} is {float(off.max()):.3f} off {model.p}"
     scale = threshold_and_scale(model.p)[1] if model.implementation == "fastnn" else 1 / (1 - model.p)
     return kept_if_on * scale
 
@@ -135,31 +138,54 @@ def check_mlp(mlp: Mlp, step: Step) -> None:
 
 
 def check_step(optimizer: torch.optim.Optimizer, step: Step) -> None:
-    """AssertionError unless the step takes every parameter where torch's for-loop would, with the gradients it used."""
+    """AssertionError unless the step changes parameters and state as torch's for-loop does with the same gradients.
+
+    The change is judged, not the parameter: a step of 1e-3 is below the rounding of much that it is added to.
+    """
     state = copy.deepcopy(optimizer.state_dict())
     params = [p for group in optimizer.param_groups for p in group["params"]]
     before = [p.detach().clone() for p in params]
     step()
-    stepped = [_torchs_step(optimizer, state, before, params, dtype) for dtype in (torch.float64, params[0].dtype)]
-    for place, (mine, exact, eager) in enumerate(zip(params, *stepped, strict=True)):
-        judge_tensor(f"parameter {place} after the step", mine.detach(), exact, eager)
+    (exact, exact_params), (eager, eager_params) = (
+        _torchs_step(optimizer, state, before, params, dtype) for dtype in (torch.float64, params[0].dtype)
+    )
+    for place, old in enumerate(before):
+        found = (params[place], optimizer), (exact_params[place], exact), (eager_params[place], eager)
+        changes = [param.detach().double() - old.double() for param, _ in found]
+        if type(optimizer).__module__.startswith("torch."):
+            changes.append(changes[1] * (1 + FP32_BIAS_CORRECTION))
+        judge_tensor(f"change of parameter {place}", *changes)
+        mine, *torchs = (stepping.state[param] for param, stepping in found)
+        assert all(mine.keys() == of.keys() for of in torchs), f"state of parameter {place}: {sorted(mine)}"
+        for name, value in mine.items():
+            assert value.isfinite().all(), f"{name} of parameter {place}: not finite"
+            theirs = [of[name].to(value.device) for of in torchs]
+            judge_tensor(f"{name} of parameter {place}", value, theirs[0].double(), theirs[1])
+
+
+def check_finite_step(mlp: Mlp, step: Step) -> None:
+    """What can be said of a stack with dropout: its optimizer's step is torch's, and its results are numbers."""
+    with mlp.precision():
+        check_step(mlp.optimizer, step)
+    for name, tensor in mlp.results().items():
+        assert tensor.isfinite().all(), f"{name}: not finite"
 
 
 def _torchs_step(
     optimizer: torch.optim.Optimizer, state: dict, before: list[Tensor], after: list[Tensor], dtype: torch.dtype
-) -> list[Tensor]:
-    """`before`, stepped by torch's for-loop in that dtype with the gradients of `after`."""
+) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+    """`before`, stepped by torch's for-loop in that dtype with the gradients of `after`; and the optimizer."""
     torchs = next(c for c in type(optimizer).__mro__ if c.__module__.startswith("torch.optim."))
     params = [nn.Parameter(p.to(dtype, copy=True)) for p in before]
     reference = torchs(params)
     reference.load_state_dict(copy.deepcopy(state))  # brings the row's hyperparameters along
     for group in reference.param_groups:
-        group |= {"foreach": False, "fused": False}
+        group |= {"foreach": False, "fused": False, "capturable": False}  # capturable's bias correction is in fp32
     for param, stepped in zip(params, after, strict=True):
         assert stepped.grad is not None
         param.grad = stepped.grad.to(dtype)
     reference.step()
-    return [param.detach() for param in params]
+    return reference, params
 
 
 def check_clipping(params: list[nn.Parameter], max_norm: float, clip: Callable[[], Tensor]) -> None:

@@ -55,8 +55,8 @@ def synchronize() -> None:
 
 @functools.cache
 def _beyond_l2() -> Tensor:
-    """Twice the L2 cache: reading it leaves nothing else there, and nothing dirty either."""
-    return torch.ones(2 * torch.cuda.get_device_properties(0).L2_cache_size // 4, device=DEVICE)
+    """Four times the L2 cache: reading it leaves nothing else there, and nothing dirty either."""
+    return torch.ones(4 * torch.cuda.get_device_properties(0).L2_cache_size // 4, device=DEVICE)
 
 
 def head_start() -> None:
@@ -67,12 +67,12 @@ def head_start() -> None:
 
 
 def rotated(make: Callable[[], Tensor], limit: int = 16) -> list[Tensor]:
-    """As many tensors as lie beyond L2 together, at most `limit`, for steps that each take the next one."""
+    """Tensors for steps that each take the next one: as many as lie beyond L2 together, at most `limit`."""
     first = make()
     if not AVAILABLE:
         return [first]
     size = first.numel() * first.element_size()
-    return [first, *(make() for _ in range(min(limit, 1 + 4 * _beyond_l2().numel() // size) - 1))]
+    return [first, *(make() for _ in range(min(limit, 1 + _beyond_l2().nbytes // size) - 1))]
 
 
 @contextlib.contextmanager
@@ -81,7 +81,8 @@ def precision(dtype: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     try:
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == "bf16"):
+        # Without autocast's cache: a row's steps share one context, and would share the first step's weights.
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == "bf16", cache_enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
@@ -156,10 +157,10 @@ def launches(call: Callable[[], object]) -> int | None:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in work) or None
 
 
-def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes that one call allocates at most beyond what was there before."""
+def peak_memory(call: Callable[[], object]) -> int | None:
+    """Bytes that one call allocates at most beyond what was there before; a graph's are its own all the time."""
     if not AVAILABLE:
-        return 0
+        return None
     synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

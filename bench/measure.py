@@ -25,12 +25,15 @@ def timed_row(
     """
 
     def arguments() -> tuple[tuple, dict]:
-        prepared = prepare() if prepare is not None else ()
+        prepared = new()
         gpu.head_start()
         return prepared, {}
 
+    def new() -> tuple:
+        return prepare() if prepare is not None else ()
+
     def once() -> None:
-        call(*(prepare() if prepare is not None else ()))
+        call(*new())
 
     for _ in range(1 if gpu.REHEARSAL else 5):
         once()
@@ -43,6 +46,7 @@ def timed_row(
     flops, size = (sum(getattr(kernel, unit) for kernel in work["fastnn"]) for unit in ("flops", "bytes"))
     copy, gemm = gpu.copy_rate(), gpu.gemm_rate(rate)
     floors = {name: roofline.floor(kernels, copy, gemm, roofline.LAUNCH_SECONDS) for name, kernels in work.items()}
+    prepared, next_prepared = new(), new()
     row: Row = benchmark.extra_info
     row |= {
         "kind": "timed",
@@ -56,10 +60,9 @@ def timed_row(
         "flops": flops,
         "tflop_s": round(flops / stats.median / 1e12, 3),
         "gemm_percent": round(100 * flops / stats.median / gemm, 1) if flops else None,
-        "device_us": round(gpu.seconds(once, rounds=10) * 1e6, 3),
-        "launches": gpu.launches(once),
-        "peak_memory_bytes": gpu.peak_memory(once),
-        "floor_us": round(roofline.floor(work["fastnn"], copy, gemm) * 1e6, 3),
+        "launches": gpu.launches(lambda: call(*prepared)),
+        "peak_memory_bytes": None if labels["graphed"] else gpu.peak_memory(lambda: call(*next_prepared)),
+        "model_us": round(roofline.floor(work["fastnn"], copy, gemm) * 1e6, 3),
     }
     if labels["implementation"] == "fastnn":
         row["bounds"] = {name: round(floor / floors["fastnn"], 3) for name, floor in floors.items() if name != "fastnn"}

@@ -83,7 +83,9 @@ class Block(Model):
         self.gradients = torch.autograd.grad(out, tuple(self.leaves.values()), self.g.to(out.dtype))
 
     def step(self) -> None:
-        self.backward(self.forward())
+        out = self.forward()
+        self.backward(out)
+        self.out = out.detach()  # a graph kept would hold on to the stream it was made on
 
     def evaluate(self) -> None:
         with torch.no_grad():
@@ -98,8 +100,8 @@ class Block(Model):
 class Mlp(Model):
     """A whole stack and its optimizer. A step has no loss, whose cost is the same for all: its gradient is `g`.
 
-    torch's optimizer is its fused one, the fastest it has without a compiler. With several batches each step has
-    another number of rows between the least and the most of them.
+    torch's optimizer is its fused one, the fastest it has without a compiler. Two batches are a range: each step then
+    has another number of rows from it.
     """
 
     def __init__(
@@ -112,11 +114,19 @@ class Mlp(Model):
                 with torch.no_grad():
                     layer.bias[::2] *= -1
         self.optimizer = make_optimizer("AdamW", list(self.layers.parameters()), implementation, graphed)
+        self.batches = batches
         self.inputs = cycle([self.x] if graphed else gpu.rotated(lambda: torch.randn_like(self.x)))
         if len(batches) > 1:
-            rows = torch.randint(min(batches), max(batches) + 1, (VARYING_BATCHES,)).tolist()
-            self.inputs = cycle([torch.randn(M, workload.widths[0], device=gpu.DEVICE) for M in rows])
+            self.batches = torch.randint(min(batches), max(batches) + 1, (VARYING_BATCHES,)).tolist()
+            self.inputs = cycle([torch.randn(M, workload.widths[0], device=gpu.DEVICE) for M in self.batches])
+        if implementation == "max-autotune":
+            torch._dynamo.mark_static_address(self.x)  # as our graphs read their input: in place
         self.all_g = self.g
+
+    def steps(self) -> None:
+        """One with each batch."""
+        for _ in self.batches:
+            self.step()
 
     def step(self) -> None:
         self.x = next(self.inputs)
@@ -125,6 +135,7 @@ class Mlp(Model):
         out = self.forward()
         out.backward(self.g.to(out.dtype))
         self.optimizer.step()
+        self.out = out.detach()
 
     def results(self) -> Results:
         """Of the last step."""

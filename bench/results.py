@@ -81,6 +81,16 @@ def save(path: Path, machine: Row, rows: list[Row]) -> None:
     os.replace(partial, path)
 
 
+def merged(path: Path, machine: Row, rows: list[Row]) -> list[Row]:
+    """These rows, and before them what else the same machine, versions and commit have put into that file."""
+    if not path.exists():
+        return rows
+    there, older = load(path)
+    same = all(there.get(name) == machine.get(name) for name in ("device", "torch", "triton", "commit"))
+    keys = {key(row) for row in rows}
+    return [row for row in older if key(row) not in keys] + rows if same else rows
+
+
 def load(path: Path) -> tuple[Row, list[Row]]:
     """(machine, rows); ValueError if the file holds no results."""
     try:
@@ -110,8 +120,8 @@ def _git(*arguments: str) -> str | None:
 def _commit() -> str:
     """The short hash, with a + where the tree differs from it apart from results."""
     head = _git("rev-parse", "--short", "HEAD")
-    if head is None:
-        return "unknown"
+    if head is None or _git("ls-files", "--error-unmatch", "bench/results.py") is None:
+        return "unknown"  # or another repository's, around an unpacked archive
     changed = _git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
     return head.strip() + ("+" if changed else "")
 

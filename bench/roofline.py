@@ -8,13 +8,16 @@ passes each way; torch.compile's as its generated kernels read and write for the
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from bench import gpu
 from bench.workloads import Workload
 from fastnn import dispatch
 
-LAUNCH_SECONDS = 2e-6  # assumed of a kernel that has nothing to do; published measurements say 2 to 3 µs
+LAUNCH_SECONDS = 2e-6  # assumed of a kernel that has nothing to do
 PERSISTENT_ROWS = 512  # from here on torch.compile splits a column's reduction
 ITEMSIZE = {"fp32": 4, "tf32": 4, "bf16": 2}  # of an activation
+COMPUTED = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 ADAM_BYTES = 28  # per fp32 parameter: parameter and two moments read and written, gradient read
 
 
@@ -57,23 +60,36 @@ def _compile(M: int, N: int, itemsize: int, p: float) -> tuple[list[Kernel], lis
 POINTWISE: dict[str, Callable] = {"fastnn": _fastnn, "eager": _eager}
 
 
-def block(M: int, K: int, N: int, itemsize: int, p: float, implementation: str) -> dict[str, list[Kernel]]:
-    """Kernels of one Linear + BatchNorm1d + ReLU + Dropout by phase."""
+def _casts(elements: int, dtype: str) -> list[Kernel]:
+    """What autocast launches for a tensor of fp32, either way."""
+    return [Kernel(0, 6 * elements)] if dtype == "bf16" else []
+
+
+def block(
+    M: int, K: int, N: int, dtype: str, p: float, implementation: str, casts_input: bool = True
+) -> dict[str, list[Kernel]]:
+    """Kernels of one Linear + BatchNorm1d + ReLU + Dropout by phase; inside gpu.precision(dtype), which plans ask."""
+    itemsize = ITEMSIZE[dtype]
     product = gemm(M, N, K, itemsize)
     forward, backward = POINTWISE.get(implementation, _compile)(M, N, itemsize, p)
-    phases = {"forward": [product, *forward], "backward": [*backward, product, product]}
-    evaluated = [product] if implementation == "fastnn" else [product, *_passes(M, N, itemsize, 2)]
+    operands = _casts(N * K, dtype) + _casts(M * K * casts_input, dtype)
+    phases = {"forward": [*operands, product, *forward], "backward": [*backward, product, product, *operands]}
+    folded = implementation == "fastnn" and dispatch.linear_plan(M, N, K, COMPUTED[dtype]) == "epilogue"
+    evaluated = [*operands, product] if folded else [*operands, product, *_passes(M, N, itemsize, 2)]
     return phases | {"training step": phases["forward"] + phases["backward"], "eval": evaluated}
 
 
-def mlp(workload: Workload, M: int, itemsize: int, implementation: str) -> list[Kernel]:
+def mlp(workload: Workload, M: int, dtype: str, implementation: str) -> list[Kernel]:
     """Kernels of a training step of the whole stack with Adam's; the first layer's input needs no gradient."""
     kernels: list[Kernel] = []
     for position, (K, N) in enumerate(workload.blocks):
-        step = block(M, K, N, itemsize, workload.p, implementation)["training step"]
-        kernels += step if position else step[:-1]
+        step = block(M, K, N, dtype, workload.p, implementation, casts_input=False)["training step"]
+        if position == 0:
+            step = [*_casts(M * K, dtype), *step]
+            step.remove(gemm(M, N, K, ITEMSIZE[dtype]))
+        kernels += step
     if workload.head is not None:
-        kernels += [gemm(M, workload.head, workload.widths[-1], itemsize)] * 3
+        kernels += [gemm(M, workload.head, workload.widths[-1], ITEMSIZE[dtype])] * 3
     return [*kernels, Kernel(0, ADAM_BYTES * workload.parameters)]
 
 

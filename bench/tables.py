@@ -131,7 +131,7 @@ def training_table(machine: Row, rows: list[Row]) -> list[str]:
         return []
     lead = (
         f"How many times as fast as each baseline a training step of an MLP is ({dtype_names(found)}; "
-        "of: the most that the roofline model allows; bold: slower):"
+        "of: what the roofline model gives; bold: slower):"
     )
     return [lead, "", *speedup_table(found, "workload (batch)", "of", provenance(machine), mean=True)]
 

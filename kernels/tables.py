@@ -25,6 +25,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 
 PARAM, GRAD, STATES, STEP, PRODUCT, SIZE, GROUP = (tl.constexpr(row) for row in (0, 1, 2, 5, 6, 7, 8))
 ROWS = 9
+_set_aside: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = {}  # pinned, for a capture that may come
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -54,9 +55,8 @@ class Tables:
         chunks = [(i, n) for i, size in enumerate(sizes) for n in range(triton.cdiv(size, self.blocks * BLOCK))]
         self.programs = len(chunks)
         rows = {**addresses, SIZE.value: sizes, GROUP.value: group_of}
-        # A captured copy reads its host memory again at each replay, so the last of each kind is kept; there it is not
-        # pinned, which would ask the driver for memory in the midst of a capture.
-        self._pinned = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+        self._captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        # A captured copy reads its host memory again at each replay, so the last of each kind is kept.
         self._staged: dict[str, torch.Tensor] = {}
         every_row = [rows.get(row, [0] * self.tensors) for row in range(ROWS)]
         self.table = self._stage("table", every_row).to(device, non_blocking=True)
@@ -65,8 +65,19 @@ class Tables:
         self.groups: torch.Tensor | None = None
 
     def _stage(self, name: str, values: Sequence, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        self._staged[name] = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=self._pinned)
+        staged = torch.tensor(values, dtype=dtype, device="cpu")
+        self._staged[name] = staged if self.device.type != "cuda" else self._pinned(staged)
         return self._staged[name]
+
+    def _pinned(self, values: torch.Tensor) -> torch.Tensor:
+        """In pinned memory. A capture may not ask the driver for any, nor copy from other memory since torch 2.11: it
+        takes what a step before it, the usual warm-up, has set aside."""
+        like = (values.shape, values.dtype)
+        if self._captured:
+            return _set_aside.pop(like).copy_(values) if like in _set_aside else values
+        if like not in _set_aside:
+            _set_aside[like] = torch.empty_like(values, pin_memory=True)
+        return values.pin_memory()
 
     def set_gradients(self, addresses: Sequence[int]) -> None:
         """New addresses of the gradients; 0 where there is none."""

@@ -1,24 +1,23 @@
 """`pytest bench` as a command: progress, what waits for a GPU, a rehearsal, and what happens to the results."""
 
 import os
+import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
-from bench import conftest, results
-
-MACHINE = {"device": "no GPU", "selection": "quick", "commit": "new"}
+from bench import gpu, results
 
 
-def run_pytest(*arguments: str, interpret: bool, expected: int = 0) -> str:
+def run_pytest(*arguments: str, interpret: bool, expected: int = 0, root: Path = results.ROOT, **changed: str) -> str:
     # An xdist worker's own variables would tell pytest-benchmark that it runs in parallel.
     ours = ("TRITON_INTERPRET", "PYTEST_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
+    environment |= changed | ({"TRITON_INTERPRET": "1"} if interpret else {})
     command = [sys.executable, "-m", "pytest", "bench", *arguments]
-    done = subprocess.run(command, cwd=results.ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == expected, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -29,7 +28,7 @@ def test_rows_side_by_side_are_refused():
 
 
 def test_rows_that_wait_for_a_gpu_are_named():
-    if conftest.gpu.AVAILABLE:
+    if gpu.AVAILABLE:
         pytest.skip("there is a GPU to run them")
     out = run_pytest("-k", "bench_clip_grad_norm", interpret=False)
     assert "Rows that wait for a CUDA GPU: 8 of bench_clip_grad_norm." in out
@@ -42,53 +41,83 @@ def test_a_rehearsal_runs_rows_of_every_feature_and_keeps_nothing():
     assert "[ 1/20] bench_block[tabular-odd 1024 bf16 eager forward]: passed" in out
     assert "[20/20] bench_optimizer[SGD mlp-60 fp32 fastnn]: passed" in out
     assert "A rehearsal: 20 rows ran and passed their gate; nothing was measured, nothing is kept." in out
-    assert "written" not in out
-
-
-class Config:
-    """As much of pytest's as `keep` asks."""
-
-    def __init__(self, keyword: str = "", results: str | None = None, args: tuple[str, ...] = ("bench",)) -> None:
-        self.option = SimpleNamespace(keyword=keyword, markexpr="", collectonly=False)
-        self.args = args
-        self.getoption = {"results": results}.get
-
-
-def counted(value: int) -> dict:
-    row = {"kind": "counted", "figure": "launches", "case": "a step", "implementation": "fastnn", "value": value}
-    return row | {"unit": "launches", "better": "lower"}
+    assert "Written" not in out
+    assert "partial" not in out
 
 
 @pytest.fixture
-def written(monkeypatch, tmp_path):
-    """What `keep` says, with a results folder of its own and a committed run of 9 launches."""
-    monkeypatch.chdir(results.ROOT)
-    monkeypatch.setattr(results, "FOLDER", tmp_path)
-    monkeypatch.setattr(conftest, "BENCH", results.ROOT / "bench")
-    monkeypatch.setattr(results, "last_committed", lambda path: (MACHINE | {"commit": "old"}, [counted(9)]))
-    said: list[str] = []
-    return SimpleNamespace(said=said, write=lambda line, **markup: said.append(line), file=tmp_path / "no-gpu.json")
+def folder(tmp_path):
+    """A results folder and options that keep a run of its own bench in it."""
+    shutil.copytree(results.ROOT / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    for name in ("pyproject.toml", "fastnn", "kernels", "tests"):
+        (tmp_path / name).symlink_to(results.ROOT / name)
+    for old in (tmp_path / "bench").glob("bench_*.py"):
+        old.unlink()
+    (tmp_path / "bench" / "results").mkdir()
+    (tmp_path / "bench" / "bench_two.py").write_text(TWO)
+    return tmp_path
 
 
-def test_a_whole_run_is_written_and_compared_with_the_last_committed_one(written):
-    conftest.keep(Config(), MACHINE, [counted(10)], written.write)
-    assert results.load(written.file) == (MACHINE, [counted(10)])
-    (worse,) = [line for line in written.said if line.startswith("worse: ")]
-    assert "9 -> 10" in worse
-    assert "old -> new" in worse
-    written.said.clear()
-    conftest.keep(Config(), MACHINE, [counted(9)], written.write)
-    assert not [line for line in written.said if line.startswith("worse: ")]
+TWO = """
+import os
+
+def row(case):
+    what = {"kind": "counted", "figure": "launches", "case": case, "implementation": "fastnn"}
+    return {**what, "value": int(os.environ.get("LAUNCHES", "9")), "unit": "launches", "better": "lower"}
+
+def bench_first(record):
+    record(row("first"))
+
+def bench_second(record):
+    if os.environ.get("LAUNCHES") == "-1":
+        raise KeyboardInterrupt
+    assert os.environ.get("LAUNCHES") != "0"
+    record([row("second")])
+"""
 
 
-@pytest.mark.parametrize("config", [Config(keyword="sgd"), Config(args=("bench/bench_mlp.py",))], ids=["-k", "file"])
-def test_part_of_a_run_replaces_nothing(config, written):
-    conftest.keep(config, MACHINE, [counted(10)], written.write)
-    assert not written.file.exists()
-    assert written.said == ["Part of a run: nothing is kept; --results FILE would."]
+def launches(path) -> dict[str, int]:
+    return {row["case"]: row["value"] for row in results.load(path)[1]}
 
 
-def test_part_of_a_run_goes_where_it_is_told(written, tmp_path):
-    conftest.keep(Config(keyword="sgd", results=str(tmp_path / "part.json")), MACHINE, [counted(10)], written.write)
-    assert results.load(tmp_path / "part.json") == (MACHINE, [counted(10)])
-    assert not written.file.exists()
+def test_a_whole_run_replaces_the_devices_file_and_names_what_became_worse(folder):
+    file = folder / "bench" / "results" / "no-gpu.json"
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b.c")
+    out = run_pytest(interpret=False, root=folder)
+    assert "Written: bench/results/no-gpu.json." in out
+    assert launches(file) == {"first": 9, "second": 9}
+    assert list(file.parent.iterdir()) == [file]
+    for command in (["init", "-q"], ["add", "bench"], ["commit", "-q", "-m", "results"]):
+        subprocess.run([*git, *command], cwd=folder, check=True, capture_output=True)
+    out = run_pytest(interpret=False, root=folder, LAUNCHES="10")
+    assert "worse: launches, first, fastnn: 9 -> 10 launches" in out
+    assert "worse: launches, second, fastnn: 9 -> 10 launches" in out
+    assert "worse" not in run_pytest(interpret=False, root=folder, LAUNCHES="8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "launched", "expected", "kept"),
+    [
+        (["-k", "first"], "5", 0, {"first": 5}),
+        (["--deselect", "bench/bench_two.py::bench_second"], "5", 0, {"first": 5}),
+        ([], "0", 1, {"first": 0}),  # the second row fails
+        ([], "-1", 2, {"first": -1}),  # interrupted
+    ],
+    ids=["-k", "--deselect", "failing", "interrupted"],
+)
+def test_other_runs_replace_nothing(arguments, launched, expected, kept, folder):
+    file = folder / "bench" / "results" / "no-gpu.json"
+    file.write_text("{}")
+    out = run_pytest(*arguments, interpret=False, expected=expected, root=folder, LAUNCHES=launched)
+    assert "in bench/results/no-gpu.partial.json until the next" in out
+    assert launches(file.with_suffix(".partial.json")) == kept
+    assert file.read_text() == "{}"
+
+
+def test_parts_of_a_run_meet_in_the_file_they_are_given(folder):
+    for name, launched in (("first", "5"), ("second", "6"), ("first", "7")):
+        out = run_pytest("-k", name, "--results", "parts.json", interpret=False, root=folder, LAUNCHES=launched)
+    assert "Written: parts.json." in out
+    assert launches(folder / "parts.json") == {"first": 7, "second": 6}
+    refused = run_pytest("--results", "no/such/place.json", interpret=False, expected=4, root=folder)
+    assert "results cannot be written to no/such" in refused

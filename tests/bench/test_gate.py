@@ -1,12 +1,15 @@
 """The gate before a timed row: right results pass, each wrong one is named, and nothing of it is timed or kept."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from torch import nn
 
-from bench import bench_block, bench_clipping, bench_mlp, bench_optimizers
+from bench import bench_block, bench_clipping, bench_mlp, bench_optimizers, gate
+from bench.models import Block
 from bench.selection import ModelCase, StepCase
+from bench.workloads import WORKLOADS
 from fastnn.kernels import launch
 
 BLOCK = ModelCase("tabular-odd", 1024, "fp32", "fastnn")
@@ -76,7 +79,7 @@ WRONG = [
     ("forward_columns", with_first_result_scaled, "out"),
     ("forward_columns", without_counting, "num_batches_tracked"),
     ("forward_columns", with_other_momentum, "running_mean"),
-    ("forward_columns", with_other_rate, "dropout: rate"),
+    ("forward_columns", with_other_rate, "dropout: the rate is"),
     ("backward_columns", with_first_result_scaled, "gradient of x"),
 ]
 
@@ -92,18 +95,82 @@ def test_a_wrong_kernel_is_named_and_neither_timed_nor_kept(name, spoil, named, 
     assert rows == []
 
 
-def test_a_wrong_step_and_a_wrong_norm_are_named(monkeypatch):
+def doing_nothing(optimizer):
+    return lambda: None
+
+
+def taking_two(optimizer):
+    step = optimizer.step
+    return lambda: (step(), step())
+
+
+def forgetting_state(optimizer):
+    step = optimizer.step
+
+    def forgetful():
+        before = [state["exp_avg_sq"].clone() for state in optimizer.state.values()]
+        step()
+        for state, old in zip(optimizer.state.values(), before, strict=True):
+            state["exp_avg_sq"].copy_(old)
+
+    return forgetful
+
+
+def poisoning_state(optimizer):
+    step = optimizer.step
+    return lambda: (step(), [state["exp_avg_sq"].fill_(float("nan")) for state in optimizer.state.values()])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (doing_nothing, "change of parameter 0"),
+        (taking_two, "parameter 0"),
+        (forgetting_state, "exp_avg_sq"),
+        (poisoning_state, "exp_avg_sq of parameter 0: not finite|change of parameter 0"),
+    ],
+)
+def test_a_wrong_step_is_named(spoil, named, dtype, monkeypatch):
     make_optimizer = bench_optimizers.make_optimizer
 
-    def spoilt(name, params, *args, **settings):
-        optimizer = make_optimizer(name, params, *args, **settings)
-        step = optimizer.step
-        optimizer.step = lambda: (step(), params[3].data.mul_(1.001))
+    def spoilt(*args, **settings):
+        optimizer = make_optimizer(*args, **settings)
+        optimizer.step()
+        optimizer.step = spoil(optimizer)
         return optimizer
 
     monkeypatch.setattr(bench_optimizers, "make_optimizer", spoilt)
-    with pytest.raises(AssertionError, match="parameter 3 after the step"):
-        run_row(STEP)
+    benchmark, rows = Benchmark(), []
+    with pytest.raises(AssertionError, match=named):
+        bench_optimizers.bench_optimizer(replace(STEP, dtype=dtype), None, benchmark, rows.append)
+    assert not benchmark.timed
+    assert rows == []
+
+
+def test_a_wrong_norm_is_named(monkeypatch):
     monkeypatch.setattr(bench_clipping, "clip_grad_norm_", lambda params, norm: nn.utils.clip_grad_norm_(params, 1.01))
     with pytest.raises(AssertionError, match="gradient 0"):
         run_row(CLIP)
+
+
+@pytest.mark.parametrize(("place", "where"), [((slice(None), 7), "column"), ((7,), "row"), ((...,), " is")])
+def test_what_nobody_wrote_is_not_taken_for_dropped(place, where):
+    """In a miniature the gradients would tell; at a block's real size a few columns drown."""
+    block = Block(WORKLOADS["tabular-odd"], 256, "fp32", "eager")
+    before = nn.Sequential(*block.layers)
+    out = block.forward().detach()
+    assert gate.dropout_mask(block, before, block.x, out) is not None
+    out[place] = 0
+    with pytest.raises(AssertionError, match=f"the rate.* {where.strip()}"):
+        gate.dropout_mask(block, before, block.x, out)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "fastnn"])
+def test_steps_in_one_autocast_context_see_the_weights_of_the_step_before(implementation):
+    """As a timed row's do, and the steps before a capture."""
+    mlp, step = bench_mlp.prepared(replace(MLP, implementation=implementation), p=0.0)
+    with mlp.precision():
+        for _ in range(3):
+            step()
+        gate.check_mlp(mlp, step)

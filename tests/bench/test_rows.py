@@ -71,12 +71,19 @@ def test_ratios_are_of_rows_that_differ_in_the_implementation_alone():
 @pytest.mark.parametrize(("M", "plan", "accesses"), [(1000, "columns", 5), (380_000, "split", 8)])
 def test_the_model_moves_what_the_plans_are_counted_to_move(M, plan, accesses):
     """Beyond the three of its products, as tests/bench/test_counted.py counts 8 and 11 with them."""
-    K, N, itemsize = 700, 512, 2
+    K, N, itemsize = 700, 512, 4
     assert dispatch.statistics_plan(M, N, itemsize, bench_block.gpu.DEVICE) == plan
-    step = roofline.block(M, K, N, itemsize, 0.5, "fastnn")["training step"]
+    step = roofline.block(M, K, N, "fp32", 0.5, "fastnn")["training step"]
     assert sum(kernel.flops for kernel in step) == 3 * 2 * M * N * K
     products = 3 * itemsize * (M * K + N * K + M * N)
     assert sum(kernel.bytes for kernel in step) == products + accesses * itemsize * M * N
+
+
+def test_autocast_casts_operands_and_their_gradients():
+    M, K, N = 100, 70, 30
+    fp32, bf16 = (roofline.block(M, K, N, dtype, 0.5, "fastnn")["training step"] for dtype in ("fp32", "bf16"))
+    casts = sum(kernel.bytes for kernel in bf16) - sum(kernel.bytes for kernel in fp32) // 2
+    assert casts == 2 * (4 + 2) * (M * K + N * K)
 
 
 def test_a_kernel_takes_the_longest_of_memory_arithmetic_and_launch():
@@ -88,7 +95,7 @@ def test_a_kernel_takes_the_longest_of_memory_arithmetic_and_launch():
 def test_the_model_gives_no_baseline_less_work_than_ours():
     for name, batch, dtype in SETTINGS:
         models = {
-            implementation: roofline.mlp(WORKLOADS[name], batch, roofline.ITEMSIZE[dtype], implementation)
+            implementation: roofline.mlp(WORKLOADS[name], batch, dtype, implementation)
             for implementation in ("fastnn", "eager", "compile")
         }
         times = {name: roofline.floor(kernels, 4e12, 8e14, 2e-6) for name, kernels in models.items()}
