@@ -45,9 +45,11 @@ def dropout_seed(device: torch.device) -> Tensor:
 
     In plain eager mode on CUDA it is a hash of the generator's seed and offset, taken on the host without a
     launch, as a CPU tensor. Under tracing it is torch.randint on the device, the one draw that torch.compile never
-    merges with another layer's; under graph capture too, so that each replay draws anew.
+    merges with another layer's; under graph capture too, so that each replay draws anew. On any stream but the
+    default one as well: a kernel with a seed on the device is another one, which the usual warm-up on a side stream
+    then loads, as a capture should not.
     """
-    if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.compiler.is_compiling() or _on_side_stream(device):
         return torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64, device=device)
     generator = torch.cuda.default_generators[device.index]
     with _generator_lock:
@@ -55,6 +57,11 @@ def dropout_seed(device: torch.device) -> Tensor:
         generator.set_offset(offset + 4)
     key = _mix(_mix(generator.initial_seed() ^ _SEED_DOMAIN) + offset & _WORD64)
     return torch.tensor(key >> 1, dtype=torch.int64, device="cpu")
+
+
+def _on_side_stream(device: torch.device) -> bool:
+    """Whether the current stream is not the default one, which cannot be captured; 0.1 µs."""
+    return torch._C._cuda_getCurrentRawStream(device.index) != 0
 
 
 def _device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -28,9 +28,9 @@ def threshold_and_scale(p: float) -> tuple[int, float]:
 
 @triton.jit
 def load_key(seed_ptr, seed):
-    """The key: drawn on the device (graph capture, tracing) or given as the argument; the other of the two is 0."""
+    """The key from device memory where it was drawn there (graph capture, tracing), else from the argument."""
     if seed_ptr is not None:
-        seed += tl.load(seed_ptr).to(tl.uint64, bitcast=True)
+        seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
     return seed
 
 

@@ -4,7 +4,6 @@ Tensors are contiguous, on one device, not empty, and of dtypes dispatch.py lets
 theirs. Nothing here reads device memory on the host.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -39,12 +38,6 @@ class Norm(NamedTuple):
         return 0.0 if self.momentum is None else self.momentum
 
 
-@functools.cache
-def _zero(device: torch.device) -> torch.Tensor:
-    """Asked for outside captures only, whose memory is their own."""
-    return torch.zeros((), dtype=torch.int64, device=device)
-
-
 class Epilogue(NamedTuple):
     """Activation (a name in activations.py, with its parameters) and dropout of a run; seed () int64 where p > 0."""
 
@@ -54,15 +47,12 @@ class Epilogue(NamedTuple):
     p: float = 0.0
     seed: torch.Tensor | None = None
 
-    def seed_arguments(self, device: torch.device) -> tuple[torch.Tensor | None, int]:
-        """A seed on the host goes to the kernel as a value, one on the device (tracing, capture) by its address.
-
-        One compiled kernel serves both: a capture must not be the first to load its kernel.
-        """
+    def seed_arguments(self) -> tuple[torch.Tensor | None, int]:
+        """A seed on the host goes to the kernel as a value, one on the device (tracing, capture) by its address."""
         if self.p == 0 or self.seed is None:
             return None, 0
         if self.seed.is_cpu:
-            return _zero(device), self.seed.item()
+            return None, self.seed.item()
         return self.seed, 0
 
     def scalars(self) -> tuple[float, float, int, float]:
@@ -108,7 +98,7 @@ def forward_columns(z: torch.Tensor, norm: Norm, epilogue: Epilogue, tiles: Tile
         batch_norm.count_batch_kernel[(1,)](norm.num_batches_tracked, num_warps=1, **LAUNCH_OPTIONS)
     batch_norm.columns_forward_kernel[_grid(N, tiles)](
         z, out, norm.gamma, norm.beta, stats, norm.running_mean, norm.running_var, norm.num_batches_tracked,
-        *epilogue.seed_arguments(z.device), M, N, norm.factor, norm.eps, *epilogue.scalars(),
+        *epilogue.seed_arguments(), M, N, norm.factor, norm.eps, *epilogue.scalars(),
         CUMULATIVE=norm.cumulative, ONE_TILE=tiles.one_tile,
         **epilogue.forward_constants(), **_tile_options(z, tiles),
     )  # fmt: skip
@@ -134,7 +124,7 @@ def forward_apply(
     stats = z.new_empty((0 if norm.mode == "none" else 2, N), dtype=torch.float32)
     batch_norm.apply_kernel[_grid(N, tiles)](
         z, out, norm.gamma, norm.beta, stats if norm.mode != "none" else None, partials,
-        norm.running_mean, norm.running_var, norm.num_batches_tracked, *epilogue.seed_arguments(z.device),
+        norm.running_mean, norm.running_var, norm.num_batches_tracked, *epilogue.seed_arguments(),
         M, N, tiles.chunks, tiles.rows_per_chunk, norm.factor, norm.eps, *epilogue.scalars(),
         NORM=NORM_MODES[norm.mode], CUMULATIVE=norm.cumulative, CHUNKS=power_of_two_at_least(tiles.chunks),
         **epilogue.forward_constants(), **_tile_options(z, tiles),
@@ -152,7 +142,7 @@ def forward_linear(
     z = torch.empty_like(out) if keep_z else None
     linear.linear_forward_kernel[(triton.cdiv(M, tiles.rows) * triton.cdiv(N, tiles.cols),)](
         x, weight, bias, z, out, norm.gamma, norm.beta, norm.running_mean, norm.running_var,
-        *epilogue.seed_arguments(x.device), M, N, K, norm.eps, *epilogue.scalars(),
+        *epilogue.seed_arguments(), M, N, K, norm.eps, *epilogue.scalars(),
         NORM=NORM_MODES[norm.mode], PRECISION=precision,
         VEC=access_width(N, x.element_size()), VEC_K=access_width(K, x.element_size()),
         ROWS=tiles.rows, COLS=tiles.cols, DEPTH=tiles.depth, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
@@ -177,7 +167,7 @@ def backward_columns(
     grads = _gradients(z, norm, bias)
     batch_norm_backward.columns_backward_kernel[_grid(N, tiles)](
         g, z, grads.dz, stats, norm.gamma, norm.beta, grads.dgamma, grads.dbeta, grads.dbias,
-        *epilogue.seed_arguments(z.device), M, N, *epilogue.scalars(),
+        *epilogue.seed_arguments(), M, N, *epilogue.scalars(),
         NORM=NORM_MODES[norm.mode], ONE_TILE=tiles.one_tile,
         **epilogue.backward_constants(), **_tile_options(z, tiles),
     )  # fmt: skip
@@ -193,12 +183,12 @@ def backward_split(
     grads, partials = _gradients(z, norm, bias), _partials(z, tiles)
     options = {"NORM": NORM_MODES[norm.mode], **epilogue.backward_constants(), **_tile_options(z, tiles)}
     batch_norm_backward.split_sums_kernel[_grid(N, tiles)](
-        g, z, stats, norm.gamma, norm.beta, partials, *epilogue.seed_arguments(z.device),
+        g, z, stats, norm.gamma, norm.beta, partials, *epilogue.seed_arguments(),
         M, N, tiles.rows_per_chunk, *epilogue.scalars(), **options,
     )  # fmt: skip
     batch_norm_backward.split_dz_kernel[_grid(N, tiles)](
         g, z, grads.dz, stats, norm.gamma, norm.beta, partials, grads.dgamma, grads.dbeta, grads.dbias,
-        *epilogue.seed_arguments(z.device), M, N, tiles.chunks, tiles.rows_per_chunk, *epilogue.scalars(),
+        *epilogue.seed_arguments(), M, N, tiles.chunks, tiles.rows_per_chunk, *epilogue.scalars(),
         CHUNKS=power_of_two_at_least(tiles.chunks), **options,
     )  # fmt: skip
     return grads

@@ -159,7 +159,7 @@ class StubGenerator:
 def test_cuda_seeds_come_from_the_generators_seed_and_offset_without_a_launch(monkeypatch):
     generator = StubGenerator(123)
     monkeypatch.setattr(torch.cuda, "default_generators", [generator])
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     device = torch.device("cuda", 0)
     seeds = [ops.dropout_seed(device) for _ in range(100)]
     assert all(seed.is_cpu and seed.dtype == torch.int64 and seed.dim() == 0 and seed >= 0 for seed in seeds)
@@ -169,6 +169,18 @@ def test_cuda_seeds_come_from_the_generators_seed_and_offset_without_a_launch(mo
     assert ops.dropout_seed(device).item() == seeds[0].item()
     generator.seed, generator.offset = 124, 0
     assert ops.dropout_seed(device).item() not in {seed.item() for seed in seeds}
+
+
+def test_on_a_side_stream_seeds_are_drawn_on_the_device(monkeypatch):
+    """As in a capture, which is only ever on one: its warm-up must load the same kernels."""
+    generator = StubGenerator(123)
+    drawn = []
+    monkeypatch.setattr(torch.cuda, "default_generators", [generator])
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7 if index == 1 else 0, raising=False)
+    monkeypatch.setattr(torch, "randint", lambda *args, device, **kwargs: drawn.append(device))
+    ops.dropout_seed(torch.device("cuda", 1))
+    assert drawn == [torch.device("cuda", 1)]
+    assert generator.offset == 0
 
 
 def test_forced_plan_reaches_the_kernels_and_is_undone():
