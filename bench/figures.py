@@ -204,18 +204,18 @@ def accesses(machine: Row, rows: list[Row]) -> Figure | None:
 
 
 def host_time(machine: Row, rows: list[Row]) -> Figure | None:
-    """Of an optimizer's step, over the number of tensors. Ratios of medians of one run."""
-    medians = {
-        (row["case"], row["implementation"]): row["median_us"]
+    """Of an optimizer's step, over the number of tensors. Ratios of the best turns of one run."""
+    best = {
+        (row["case"], row["implementation"]): row["best_us"]
         for row in rows
         if row["kind"] == "host" and row["figure"] == "host time of an optimizer step"
     }
     lines: dict[tuple[str, str], dict[int, float]] = {}
-    for (case, implementation), median in medians.items():
+    for (case, implementation), theirs in best.items():
         named = re.fullmatch(r"(.+), (\d+) tensors", case)
-        if named and implementation != OURS and (case, OURS) in medians:
+        if named and implementation != OURS and (case, OURS) in best:
             line = lines.setdefault((named[1], implementation), {})
-            line[int(named[2])] = 100 * medians[case, OURS] / median
+            line[int(named[2])] = 100 * best[case, OURS] / theirs
     if not lines:
         return None
     colour_of = colours_of(dict.fromkeys(baseline for _, baseline in lines))
