@@ -8,6 +8,7 @@ resident. `representative`: one launch of each kernel for a case, what bench_com
 
 import json
 import sys
+from functools import partial
 
 import torch
 from support.ahead_of_time import MULTIPROCESSORS, describe, stand_in_driver
@@ -43,22 +44,18 @@ def activations() -> tuple[Epilogue, Epilogue]:
     return Epilogue("relu", p=0.5, seed=seed), Epilogue("gelu", p=0.5, seed=seed)
 
 
-def train_by_columns(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> tuple:
+def train(tiles_of, forward, backward, M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> tuple:
+    """Forward and backward with ReLU and dropout."""
     relu, _ = activations()
     z, stats = torch.empty((M, N), dtype=dtype), torch.empty((2, N))
-    shape = tiles.columns_tiles(M, N, z.element_size(), multiprocessors)
-    forward_columns(z, norm_of("batch", N), relu, shape)
-    backward_columns(z, z, stats, norm_of("batch", N), relu, stats[0], shape)
+    shape = tiles_of(M, N, z.element_size(), multiprocessors)
+    forward(z, norm_of("batch", N), relu, shape)
+    backward(z, z, stats, norm_of("batch", N), relu, stats[0], shape)
     return z, stats, shape
 
 
-def train_by_split(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> tuple:
-    relu, _ = activations()
-    z, stats = torch.empty((M, N), dtype=dtype), torch.empty((2, N))
-    shape = tiles.split_tiles(M, N, z.element_size(), multiprocessors)
-    forward_split(z, norm_of("batch", N), relu, shape)
-    backward_split(z, z, stats, norm_of("batch", N), relu, stats[0], shape)
-    return z, stats, shape
+train_by_columns = partial(train, tiles.columns_tiles, forward_columns, backward_columns)
+train_by_split = partial(train, tiles.split_tiles, forward_split, backward_split)
 
 
 def launch_columns(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> None:
