@@ -66,31 +66,40 @@ def _casts(elements: int, dtype: str) -> list[Kernel]:
 
 
 def block(
-    M: int, K: int, N: int, dtype: str, p: float, implementation: str, casts_input: bool = True
+    M: int, K: int, N: int, dtype: str, p: float, implementation: str, inner: bool = True
 ) -> dict[str, list[Kernel]]:
-    """Kernels of one Linear + BatchNorm1d + ReLU + Dropout by phase; inside gpu.precision(dtype), which plans ask."""
-    itemsize = ITEMSIZE[dtype]
-    product = gemm(M, N, K, itemsize)
+    """Kernels of one Linear + BatchNorm1d + ReLU + Dropout by phase; inside gpu.precision(dtype), which plans ask.
+
+    The input of an inner one needs a gradient, and under autocast is cast.
+    """
+    itemsize, ours = ITEMSIZE[dtype], implementation == "fastnn"
+    product, out = gemm(M, N, K, itemsize), Kernel(0, M * N * itemsize)
     forward, backward = POINTWISE.get(implementation, _compile)(M, N, itemsize, p)
-    operands = _casts(N * K, dtype) + _casts(M * K * casts_input, dtype)
-    phases = {"forward": [*operands, product, *forward], "backward": [*backward, product, product, *operands]}
-    folded = implementation == "fastnn" and dispatch.linear_plan(M, N, K, COMPUTED[dtype]) == "epilogue"
+    forward = [product, *forward]
+    if ours and dispatch.batch_norm_plan(M, N, K, COMPUTED[dtype], gpu.DEVICE) == "whole_batch":
+        forward = [_together(product, out)]
+    products = [product] * (1 + inner)
+    if ours and inner and dispatch.linear_backward_plan(M, N, K) == "grouped":
+        products = [_together(*products)]
+    operands = _casts(N * K, dtype) + _casts(M * K * inner, dtype)
+    phases = {"forward": [*operands, *forward], "backward": [*backward, *products, *operands]}
+    folded = ours and dispatch.linear_plan(M, N, K, COMPUTED[dtype]) == "epilogue"
     evaluated = [*operands, product] if folded else [*operands, product, *_passes(M, N, itemsize, 2)]
     return phases | {"training step": phases["forward"] + phases["backward"], "eval": evaluated}
 
 
 def mlp(workload: Workload, M: int, dtype: str, implementation: str) -> list[Kernel]:
     """Kernels of a training step of the whole stack with Adam's; the first layer's input needs no gradient."""
-    kernels: list[Kernel] = []
+    kernels = _casts(M * workload.widths[0], dtype)
     for position, (K, N) in enumerate(workload.blocks):
-        step = block(M, K, N, dtype, workload.p, implementation, casts_input=False)["training step"]
-        if position == 0:
-            step = [*_casts(M * K, dtype), *step]
-            step.remove(gemm(M, N, K, ITEMSIZE[dtype]))
-        kernels += step
+        kernels += block(M, K, N, dtype, workload.p, implementation, inner=position > 0)["training step"]
     if workload.head is not None:
         kernels += [gemm(M, workload.head, workload.widths[-1], ITEMSIZE[dtype])] * 3
     return [*kernels, Kernel(0, ADAM_BYTES * workload.parameters)]
+
+
+def _together(*kernels: Kernel) -> Kernel:
+    return Kernel(sum(kernel.flops for kernel in kernels), sum(kernel.bytes for kernel in kernels))
 
 
 def floor(kernels: list[Kernel], bytes_rate: float, flops_rate: float, launch: float = 0.0) -> float:

@@ -42,6 +42,7 @@ class Check(NamedTuple):
 
 
 CHECKS = (
+    Check("whole batch", "whole_batch", ROWS, True, "batch"),  # and, as in all small runs, the gradients in one launch
     Check("columns, in registers", "columns", ROWS, True, "batch"),
     Check("columns, streamed", "columns", STREAMED_ROWS, False, "batch"),
     Check("split", "split", STREAMED_ROWS, False, "batch"),

@@ -27,6 +27,12 @@ MINIMUM_CAPABILITY = (8, 0)  # bf16 and tf32 tensor cores, 163 KiB of shared mem
 MAX_FEATURES = 1 << 20  # a tile's offsets are 32-bit: rows of a tile (<= 1024) times features < 2^31
 
 
+# Costs of the whole-batch plan that are about a launch's 2 µs, by the figures of an H100; not yet measured.
+WHOLE_BATCH_REREAD = 8 << 20  # bytes of x from L2, at 5 TB/s
+WHOLE_BATCH_FMA = 1 << 16  # multiply-adds a column without tensor cores, where a multiprocessor makes 200 a ns
+GROUPED_PRODUCT = 1 << 24  # multiply-adds of one: 3 µs of 64 programs without tensor cores
+
+
 class Machine(NamedTuple):
     """What the plans depend on; l2_bytes is the size of the L2 cache."""
 
@@ -125,23 +131,23 @@ def path(input: Tensor, dtype: torch.dtype, features: int, tensors: tuple[Tensor
     return Path("eager", reason) if reason else found
 
 
-_forced_plan: str | None = None
+_forced_plans: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
-def forced_plan(name: str) -> Iterator[None]:
-    """Takes that plan ("columns", "split", "epilogue", "apply") wherever it serves; for tests and benchmarks."""
-    global _forced_plan
-    before, _forced_plan = _forced_plan, name
+def forced_plan(*names: str) -> Iterator[None]:
+    """Takes these plans (names that the rules below return) wherever they serve; for tests and benchmarks."""
+    global _forced_plans
+    before, _forced_plans = _forced_plans, names
     try:
         yield
     finally:
-        _forced_plan = before
+        _forced_plans = before
 
 
 def _pick(*candidates: str) -> str:
-    """The first candidate, or the forced plan if it is one of them."""
-    return _forced_plan if _forced_plan in candidates else candidates[0]
+    """The first candidate that is forced, or the first."""
+    return next((name for name in candidates if name in _forced_plans), candidates[0])
 
 
 def statistics_plan(M: int, N: int, itemsize: int, device: torch.device) -> str:
@@ -161,6 +167,22 @@ def statistics_plan(M: int, N: int, itemsize: int, device: torch.device) -> str:
     return _pick("split", "columns")
 
 
+def batch_norm_plan(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The plan of a Linear with training-mode BatchNorm: "whole_batch", or a library product and one of the other two.
+
+    Whole-batch takes one launch for two and moves one access less, but its programs read x once each, from L2, and use
+    no more multiprocessors than there are column tiles: it serves where that costs less than a launch.
+    """
+    rest = statistics_plan(M, N, dtype.itemsize, device)
+    tensor_cores = dtype != torch.float32 or fp32_precision() == "tf32"
+    rows = tiles.WHOLE_BATCH_ROWS if tensor_cores else tiles.WHOLE_BATCH_ROWS // 2
+    if rows < M:
+        return rest
+    reread = math.ceil(N / tiles.whole_batch_tiles(M, K, dtype.itemsize).cols) * M * K * dtype.itemsize
+    fits = reread <= WHOLE_BATCH_REREAD and (tensor_cores or M * K <= WHOLE_BATCH_FMA)
+    return _pick("whole_batch", "columns", "split") if fits else _pick(rest, "whole_batch")
+
+
 def linear_plan(M: int, N: int, K: int, dtype: torch.dtype) -> str:
     """The plan of a Linear whose output needs no sums: "epilogue" (our GEMM) or "apply" (the library's, then a pass).
 
@@ -169,6 +191,11 @@ def linear_plan(M: int, N: int, K: int, dtype: torch.dtype) -> str:
     if dtype != torch.float32 or fp32_precision() == "tf32" or M * N * K <= 1 << 27:
         return _pick("epilogue", "apply")
     return _pick("apply", "epilogue")
+
+
+def linear_backward_plan(M: int, N: int, K: int) -> str:
+    """The plan of several gradients of a Linear: "grouped" (ours, in one launch) or "library" (a launch each)."""
+    return _pick("grouped", "library") if M * N * K <= GROUPED_PRODUCT else _pick("library", "grouped")
 
 
 def fp32_precision() -> str:

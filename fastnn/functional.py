@@ -59,6 +59,18 @@ def linear_batch_norm_act_dropout(
     return out if input.dim() == 2 else out.reshape(*input.shape[:-1], out.shape[-1])
 
 
+def is_linear_grouped(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether our backward of a Linear alone saves launches; its forward is the library's, as torch's is."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.shape[1] != input.shape[-1]:
+        return False
+    others = input.requires_grad or (bias is not None and bias.requires_grad)
+    M, (N, K) = input.numel() // max(input.shape[-1], 1), weight.shape
+    if not (weight.requires_grad and others) or dispatch.linear_backward_plan(M, N, K) != "grouped":
+        return False
+    dtype = _computation_dtype(input, weight)
+    return not dispatch.path(input, dtype, *_features_and_tensors(input, weight, bias, None)).eager
+
+
 def _computation_dtype(input: Tensor, weight: Tensor | None) -> torch.dtype:
     """The input's dtype, or autocast's where there is a Linear for autocast to cast."""
     if weight is None or not _autocast_is_on(input):

@@ -86,23 +86,46 @@ def _forward_by_plan(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Any, epilogue: Any, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, z where it is not the input, stats where there are)."""
-    if weight is not None and (norm.mode == "none" or (norm.mode == "running" and not save)):
-        (M, K), N = input.shape, weight.shape[0]
-        if dispatch.linear_plan(M, N, K, input.dtype) == "epilogue":
-            shape = tiles.linear_tiles(
-                M, N, input.element_size(), norm.mode == "running", dispatch.machine(input.device).multiprocessors
-            )
-            precision = dispatch.fp32_precision() if input.dtype == torch.float32 else "ieee"
-            out, z = launch.forward_linear(
-                input.contiguous(), weight.contiguous(), bias, norm, epilogue, shape, precision, save
-            )
-            return out, z, None
+    if weight is not None:
+        if _is_linear_alone(norm.mode, epilogue.activation, epilogue.p):
+            return _library_linear(input, weight, bias), None, None
+        found = _one_launch(input, weight, bias, norm, epilogue, save)
+        if found is not None:
+            return found
     z = input.contiguous() if weight is None else _library_linear(input, weight, bias)
     plan = "apply"
     if norm.mode == "batch":
         plan = dispatch.statistics_plan(z.shape[0], z.shape[1], z.element_size(), z.device)
     out, stats = getattr(launch, "forward_" + plan)(z, norm, epilogue, _tiles(plan, z))
     return out, None if weight is None else z, stats
+
+
+def _is_linear_alone(norm: str, activation: str, p: float) -> bool:
+    """Whether nothing follows the Linear: its output is the block's, and its gradient the block's."""
+    return norm == "none" and activation == "identity" and p == 0
+
+
+def _one_launch(
+    input: Tensor, weight: Tensor, bias: Tensor | None, norm: Any, epilogue: Any, save: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """The same with the Linear's product in it; None where the library's and a pass over z are the better plan."""
+    (M, K), N = input.shape, weight.shape[0]
+    precision = dispatch.fp32_precision() if input.dtype == torch.float32 else "ieee"
+    if norm.mode == "batch":
+        if dispatch.batch_norm_plan(M, N, K, input.dtype, input.device) != "whole_batch":
+            return None
+        shape = tiles.whole_batch_tiles(M, K, input.element_size())
+        return launch.forward_whole_batch(
+            input.contiguous(), weight.contiguous(), bias, norm, epilogue, shape, precision, save
+        )
+    if (norm.mode == "running" and save) or dispatch.linear_plan(M, N, K, input.dtype) != "epilogue":
+        return None
+    multiprocessors = dispatch.machine(input.device).multiprocessors
+    shape = tiles.linear_tiles(M, N, input.element_size(), norm.mode == "running", multiprocessors)
+    out, z = launch.forward_linear(
+        input.contiguous(), weight.contiguous(), bias, norm, epilogue, shape, precision, save
+    )
+    return out, z, None
 
 
 def _block_forward(
@@ -126,7 +149,7 @@ def _block_forward_fake(
     norm, momentum, eps, activation, a, b, p, save,
 ):  # fmt: skip
     M, N = input.shape[0], input.shape[1] if weight is None else weight.shape[0]
-    z_shape = (M, N) if save and weight is not None else (0,)
+    z_shape = (M, N) if save and weight is not None and not _is_linear_alone(norm, activation, p) else (0,)
     stats_shape = (2, N) if save and norm != "none" else (0,)
     return (
         input.new_empty((M, N)),
@@ -137,21 +160,40 @@ def _block_forward_fake(
 
 def _block_backward(grad, input, weight, bias, gamma, beta, z, stats, seed, norm, activation, a, b, p, needs_linear):
     """Gradients by input, weight, bias, gamma and beta; an empty tensor where there is or needs to be none."""
-    if weight is None:
-        z = input.contiguous()
     needs_input, needs_weight, needs_bias = needs_linear
-    with _device_guard(z):
-        plan = dispatch.statistics_plan(z.shape[0], z.shape[1], z.element_size(), z.device)
-        grads = getattr(launch, "backward_" + plan)(
-            grad.contiguous(), z, None if norm == "none" else stats, launch.Norm(norm, gamma, beta),
-            launch.Epilogue(activation, a, b, p, seed), bias if needs_bias else None, _tiles(plan, z),
-        )  # fmt: skip
-    dinput, dweight = grads.dz, None
-    if weight is not None:
-        dinput = torch.mm(grads.dz, weight, out=torch.empty_like(input)) if needs_input else None
-        dweight = torch.mm(grads.dz.t(), input, out=torch.empty_like(weight)) if needs_weight else None
-    found = (dinput, dweight, grads.dbias, grads.dgamma, grads.dbeta)
-    return tuple(z.new_empty(0) if d is None else d for d in found)  # outputs of an op may not share memory
+    bias = bias if needs_bias else None
+    with _device_guard(input):
+        if weight is not None and _is_linear_alone(norm, activation, p):
+            found = (*_linear_backward(grad.contiguous(), input, weight, bias, needs_input, needs_weight), None, None)
+        else:
+            z = input.contiguous() if weight is None else z
+            plan = dispatch.statistics_plan(z.shape[0], z.shape[1], z.element_size(), z.device)
+            dz, dgamma, dbeta, dbias = getattr(launch, "backward_" + plan)(
+                grad.contiguous(), z, None if norm == "none" else stats, launch.Norm(norm, gamma, beta),
+                launch.Epilogue(activation, a, b, p, seed), bias, _tiles(plan, z),
+            )  # fmt: skip
+            found = (dz, None, dbias, dgamma, dbeta)
+            if weight is not None:
+                dinput, dweight, _ = _linear_backward(dz, input, weight, None, needs_input, needs_weight)
+                found = (dinput, dweight, dbias, dgamma, dbeta)
+    return tuple(input.new_empty(0) if d is None else d for d in found)  # outputs of an op may not share memory
+
+
+def _linear_backward(
+    dz: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, needs_input: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients by input, weight and, where it is given, bias."""
+    (M, N), K = dz.shape, input.shape[1]
+    several = needs_weight and (needs_input or bias is not None)
+    if several and dispatch.linear_backward_plan(M, N, K) == "grouped":
+        precision = dispatch.fp32_precision() if dz.dtype == torch.float32 else "ieee"
+        shape = tiles.linear_backward_tiles(dz.element_size())
+        return launch.backward_linear(dz, input.contiguous(), weight.contiguous(), bias, needs_input, shape, precision)
+    return (
+        torch.mm(dz, weight, out=torch.empty_like(input)) if needs_input else None,
+        torch.mm(dz.t(), input, out=torch.empty_like(weight)) if needs_weight else None,
+        None if bias is None else dz.sum(0),
+    )
 
 
 def _block_backward_fake(

@@ -1,4 +1,7 @@
-"""The grammar of a fusible run of layers: [Linear] [BatchNorm1d] [activation] [Dropout], two or more, in this order."""
+"""The grammar of a fusible run of layers: [Linear] [BatchNorm1d] [activation] [Dropout], in this order.
+
+Two or more of them, or a Linear alone where its gradients are one launch.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -29,7 +32,7 @@ def are_patched() -> bool:
 
 
 def split(modules: Iterable[nn.Module]) -> list[Run | nn.Module]:
-    """The modules in order: each fusible run of two or more as a tuple, every other module as it is.
+    """The modules in order: each fusible run as a tuple (of two or more, or a Linear), every other module as it is.
 
     A module belongs to a run if calling it is calling its class's forward: no hook on it, and no forward patched onto
     the instance. Asked at every call, as either may change; written as one loop because it is (2 µs for 12 modules).
@@ -51,15 +54,20 @@ def split(modules: Iterable[nn.Module]) -> list[Run | nn.Module]:
         if place <= last:
             _close(run, parts)
             run = []
-        run.append(module)
-        last = place if place != NOWHERE else DROPOUT
+        if place == NOWHERE:
+            parts.append(module)
+            last = DROPOUT
+        else:
+            run.append(module)
+            last = place
     _close(run, parts)
     return parts
 
 
 def _close(run: list[nn.Module], parts: list[Run | nn.Module]) -> None:
     # One that begins with an in-place activation changes its input, one with Identity may return it: the caller's.
-    if len(run) < 2 or type(run[0]) is nn.Identity or getattr(run[0], "inplace", False):
+    alone = len(run) == 1 and type(run[0]) is not nn.Linear
+    if not run or alone or type(run[0]) is nn.Identity or getattr(run[0], "inplace", False):
         parts.extend(run)
     else:
         parts.append(tuple(run))
@@ -90,6 +98,8 @@ def fits(run: Run, input: object) -> bool:
     """Whether the run may be applied to what arrived; where not, its layers are called one by one."""
     if not isinstance(input, Tensor) or input.layout is not torch.strided or input.is_nested or input.dim() < 2:
         return False
+    if len(run) == 1:
+        return functional.is_linear_grouped(input, run[0].weight, run[0].bias)
     if _PLACES[type(run[0])] == ACTIVATION:
         return input.is_contiguous()  # torch's elementwise layers keep the strides, ours write rows
     return input.dim() == 2 or not any(type(layer) is nn.BatchNorm1d for layer in run)

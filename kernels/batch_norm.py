@@ -158,6 +158,21 @@ def count_batch_kernel(batches_ptr):  # () int64
     count_batch(batches_ptr)
 
 
+@triton.jit
+def keep_statistics(
+    mean, m2, gamma_ptr, beta_ptr, stats_ptr, running_mean_ptr, running_var_ptr, batches_ptr, cols, M, N, momentum, eps,
+    CUMULATIVE: tl.constexpr,
+):  # fmt: skip
+    """Stores what the statistics of whole columns change, and counts the batch; returns z's scale and shift."""
+    rstd = reciprocal_sqrt(m2 / M + eps)
+    save_statistics(mean, rstd, stats_ptr, cols, N)
+    move_running_statistics(mean, m2, running_mean_ptr, running_var_ptr, batches_ptr, cols, M, N, momentum, CUMULATIVE)
+    if not CUMULATIVE:
+        if tl.program_id(0) == 0:
+            count_batch(batches_ptr)
+    return rstd * load_columns(gamma_ptr, cols, N, 1.0), load_columns(beta_ptr, cols, N, 0.0)
+
+
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
 def columns_forward_kernel(
     z_ptr,  # (M, N)
@@ -180,14 +195,8 @@ def columns_forward_kernel(
         mean, m2 = tile_statistics(z, 0, M, ROWS, COLS)
     else:
         mean, m2 = stream_statistics(z_ptr, 0, M, N, col, ROWS, COLS)
-    rstd = reciprocal_sqrt(m2 / M + eps)
-    save_statistics(mean, rstd, stats_ptr, cols, N)
-    move_running_statistics(mean, m2, running_mean_ptr, running_var_ptr, batches_ptr, cols, M, N, momentum, CUMULATIVE)
-    if not CUMULATIVE:
-        if tl.program_id(0) == 0:
-            count_batch(batches_ptr)
-    scale = rstd * load_columns(gamma_ptr, cols, N, 1.0)
-    shift = load_columns(beta_ptr, cols, N, 0.0)
+    scale, shift = keep_statistics(mean, m2, gamma_ptr, beta_ptr, stats_ptr, running_mean_ptr, running_var_ptr,
+                                   batches_ptr, cols, M, N, momentum, eps, CUMULATIVE)  # fmt: skip
     key = load_key(seed_ptr, seed)
     if ONE_TILE:
         apply_tile(z, out_ptr, 0, M, N, col, mean, scale, shift, act_a, act_b, key, threshold, keep_scale,

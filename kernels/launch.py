@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from . import activations, batch_norm, batch_norm_backward, linear
+from . import activations, batch_norm, batch_norm_backward, linear, linear_backward, whole_batch
 from .dropout import threshold_and_scale
 from .tiles import LAUNCH_OPTIONS, LinearTiles, Tiles, access_width, power_of_two_at_least
 
@@ -82,6 +82,26 @@ def _tile_options(z: torch.Tensor, tiles: Tiles) -> dict:
     }
 
 
+def _linear_options(x: torch.Tensor, N: int, tiles: LinearTiles, precision: str) -> dict:
+    return {
+        "PRECISION": precision,
+        "VEC": access_width(N, x.element_size()),
+        "VEC_K": access_width(x.shape[1], x.element_size()),
+        "ROWS": tiles.rows,
+        "COLS": tiles.cols,
+        "DEPTH": tiles.depth,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+        **LAUNCH_OPTIONS,
+    }
+
+
+def _count_before(norm: Norm) -> None:
+    """A launch of its own where the cumulative average reads the count in every program of the next."""
+    if norm.cumulative:
+        batch_norm.count_batch_kernel[(1,)](norm.num_batches_tracked, num_warps=1, **LAUNCH_OPTIONS)
+
+
 def _grid(N: int, tiles: Tiles) -> tuple[int, int]:
     return triton.cdiv(N, tiles.cols), tiles.chunks
 
@@ -94,8 +114,7 @@ def forward_columns(z: torch.Tensor, norm: Norm, epilogue: Epilogue, tiles: Tile
     """(out, stats) of training-mode BatchNorm in one launch; two for the cumulative average."""
     M, N = z.shape
     out, stats = torch.empty_like(z), z.new_empty((2, N), dtype=torch.float32)
-    if norm.cumulative:
-        batch_norm.count_batch_kernel[(1,)](norm.num_batches_tracked, num_warps=1, **LAUNCH_OPTIONS)
+    _count_before(norm)
     batch_norm.columns_forward_kernel[_grid(N, tiles)](
         z, out, norm.gamma, norm.beta, stats, norm.running_mean, norm.running_var, norm.num_batches_tracked,
         *epilogue.seed_arguments(), M, N, norm.factor, norm.eps, *epilogue.scalars(),
@@ -143,12 +162,26 @@ def forward_linear(
     linear.linear_forward_kernel[(triton.cdiv(M, tiles.rows) * triton.cdiv(N, tiles.cols),)](
         x, weight, bias, z, out, norm.gamma, norm.beta, norm.running_mean, norm.running_var,
         *epilogue.seed_arguments(), M, N, K, norm.eps, *epilogue.scalars(),
-        NORM=NORM_MODES[norm.mode], PRECISION=precision,
-        VEC=access_width(N, x.element_size()), VEC_K=access_width(K, x.element_size()),
-        ROWS=tiles.rows, COLS=tiles.cols, DEPTH=tiles.depth, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        **epilogue.forward_constants(), **LAUNCH_OPTIONS,
+        NORM=NORM_MODES[norm.mode], **_linear_options(x, N, tiles, precision), **epilogue.forward_constants(),
     )  # fmt: skip
     return out, z
+
+
+def forward_whole_batch(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm, epilogue: Epilogue,
+    tiles: LinearTiles, precision: str, keep_z: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:  # fmt: skip
+    """(out, z or None, stats) of Linear and training-mode BatchNorm in one launch; two for the cumulative average."""
+    (M, K), N = x.shape, weight.shape[0]
+    out, stats = x.new_empty((M, N)), x.new_empty((2, N), dtype=torch.float32)
+    z = torch.empty_like(out) if keep_z else None
+    _count_before(norm)
+    whole_batch.whole_batch_forward_kernel[(triton.cdiv(N, tiles.cols),)](
+        x, weight, bias, z, out, norm.gamma, norm.beta, stats, norm.running_mean, norm.running_var,
+        norm.num_batches_tracked, *epilogue.seed_arguments(), M, N, K, norm.factor, norm.eps, *epilogue.scalars(),
+        CUMULATIVE=norm.cumulative, **_linear_options(x, N, tiles, precision), **epilogue.forward_constants(),
+    )  # fmt: skip
+    return out, z, stats
 
 
 def _gradients(z: torch.Tensor, norm: Norm, bias: torch.Tensor | None) -> Gradients:
@@ -192,3 +225,18 @@ def backward_split(
         CHUNKS=power_of_two_at_least(tiles.chunks), **options,
     )  # fmt: skip
     return grads
+
+
+def backward_linear(
+    g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, needs_input: bool,
+    tiles: LinearTiles, precision: str,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """(dx or None, dweight, dbias or None) of x Wᵀ + bias in one launch."""
+    (M, N), K = g.shape, x.shape[1]
+    dx = torch.empty_like(x) if needs_input else None
+    dweight, dbias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
+    row_tiles = triton.cdiv(N, tiles.rows) + (triton.cdiv(M, tiles.rows) if needs_input else 0)
+    linear_backward.linear_backward_kernel[(row_tiles * triton.cdiv(K, tiles.cols),)](
+        g, x, weight, dx, dweight, dbias, M, N, K, **_linear_options(x, N, tiles, precision)
+    )
+    return dx, dweight, dbias

@@ -12,6 +12,7 @@ LINE_BYTES = 128
 REGISTER_TILE = 8192  # elements: 8 warps hold 32 a thread, and the backward's two tiles take 150 registers of 255
 STREAM_TILE = 4096  # elements: 16 a thread of 8 warps; a streaming backward spills with 32, and with 16 warps
 MAX_CHUNKS = 128  # row chunks of the split plan: each apply program rereads that many partials from L2
+WHOLE_BATCH_ROWS = 512  # 16 columns of them take 244 registers of 4 warps with tensor cores; without, 512 rows spill
 # fp contraction is stated because Triton's default changes with 3.10; tl.fma marks where results rely on it.
 # 255 registers are the machine's own limit: ptxas for sm_100 else stops at 128 and spills.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True, "maxnreg": 255}
@@ -96,6 +97,27 @@ def linear_tiles(M: int, N: int, itemsize: int, folded: bool, multiprocessors: i
     rows = max(16, min(rows, power_of_two_at_least(M)))
     cols = max(16, min(cols // 2 if folded else cols, power_of_two_at_least(N)))
     return LinearTiles(rows, cols, LINE_BYTES // itemsize, num_warps, 3)
+
+
+def whole_batch_tiles(M: int, K: int, itemsize: int) -> LinearTiles:
+    """All rows, 16 columns: the narrowest that tensor cores take, so that few columns still make many programs.
+
+    A thread of 4 warps then loads its part of W in one 16-byte access; where rows of K allow none, an address an
+    element takes twice the threads. A step is at most 32 KiB of x, so that two of them fit the 99 KiB of every
+    architecture.
+    """
+    rows = max(64, power_of_two_at_least(M))
+    depth = min(LINE_BYTES // itemsize, 32 * 1024 // (rows * itemsize))
+    num_warps = 8 if rows > 128 and K * itemsize % ACCESS_BYTES else 4
+    return LinearTiles(rows, 16, depth, num_warps, 3 if rows * depth * itemsize < 32 * 1024 else 2)
+
+
+def linear_backward_tiles(itemsize: int) -> LinearTiles:
+    """64 rows are what tensor cores take at once; 32 columns make twice the programs of 64.
+
+    fp32 is not pipelined: tensor cores want its operands transposed, which asynchronous copies do 4 bytes at a time.
+    """
+    return LinearTiles(64, 32, LINE_BYTES // itemsize, 4, 1 if itemsize == 4 else 3)
 
 
 @triton.jit

@@ -97,6 +97,45 @@ def test_statistics_plan_of_published_shapes(M, N, itemsize, plan):
     assert dispatch.statistics_plan(M, N, itemsize, CPU) == plan
 
 
+@pytest.mark.parametrize(
+    ("M", "N", "K", "dtype", "plan"),
+    [
+        (64, 100, 784, torch.float32, "whole_batch"),
+        (64, 100, 784, torch.bfloat16, "whole_batch"),
+        (512, 100, 784, torch.bfloat16, "whole_batch"),  # x is read 7 times: 5.6 MB
+        (128, 100, 784, torch.float32, "columns"),  # 100 000 multiply-adds a column, without tensor cores
+        (1024, 100, 100, torch.bfloat16, "columns"),  # more rows than a tile
+        (256, 4096, 256, torch.bfloat16, "columns"),  # x is read 256 times: 34 MB
+        (2048, 8192, 8192, torch.bfloat16, "columns"),
+    ],
+)
+def test_batch_norm_plan_of_published_shapes(M, N, K, dtype, plan):
+    assert dispatch.batch_norm_plan(M, N, K, dtype, CPU) == plan
+
+
+def test_whole_batch_serves_more_rows_with_tensor_cores(monkeypatch):
+    assert dispatch.batch_norm_plan(300, 100, 100, torch.float32, CPU) == "columns"
+    monkeypatch.setattr(dispatch, "fp32_precision", lambda: "tf32")
+    assert dispatch.batch_norm_plan(300, 100, 100, torch.float32, CPU) == "whole_batch"
+    with dispatch.forced_plan("whole_batch"):
+        assert dispatch.batch_norm_plan(600, 100, 100, torch.float32, CPU) == "columns"
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "plan"),
+    [(64, 100, 784, "grouped"), (1024, 10, 100, "grouped"), (1024, 100, 784, "library"), (512, 2048, 2048, "library")],
+)
+def test_linear_backward_plan_of_published_shapes(M, N, K, plan):
+    assert dispatch.linear_backward_plan(M, N, K) == plan
+
+
+def test_several_plans_are_forced_each_where_it_serves():
+    with dispatch.forced_plan("split", "library"):
+        assert dispatch.statistics_plan(64, 100, 4, CPU) == "split"
+        assert dispatch.linear_backward_plan(8, 8, 8) == "library"
+    assert dispatch.linear_backward_plan(8, 8, 8) == "grouped"
+
+
 def test_forced_plan_is_taken_only_where_it_serves():
     with dispatch.forced_plan("epilogue"):
         assert dispatch.statistics_plan(64, 100, 4, CPU) == "columns"

@@ -181,7 +181,8 @@ def test_gradient_of_one_tensor_alone_equals_its_part_of_all(wanted, training):
         return {name: t.grad for name, t in tensors.items()}
 
     alone, together = gradients({wanted}), gradients(leaves.keys())
-    assert torch.equal(alone[wanted], together[wanted])
+    # Several gradients are one launch of ours, one is the library's product.
+    torch.testing.assert_close(alone[wanted], together[wanted])
     assert all(gradient is None for name, gradient in alone.items() if name != wanted)
 
 

@@ -30,23 +30,23 @@ R, S = nn.ReLU(), nn.SiLU()
 
 GRAMMAR = [
     ([L, B, R, D], "LBAD"),
-    ([L, B, R, D, L, B, R, D, L], "LBAD LBAD ."),
+    ([L, B, R, D, L, B, R, D, L], "LBAD LBAD L"),
     ([L, R], "LA"),
     ([L, D], "LD"),
     ([B, R], "BA"),
     ([B, D], "BD"),
     ([R, D], "AD"),
-    ([L], "."),
+    ([L], "L"),
     ([R], "."),
     ([D], "."),
     ([L, R, B, D], "LA BD"),
-    ([L, L, R], ". LA"),
+    ([L, L, R], "L LA"),
     ([R, S], ". ."),
-    ([D, L], ". ."),
+    ([D, L], ". L"),
     ([L, B, nn.Softmax(1), R, D], "LB . AD"),
     ([MyLinear(4, 4), B, R], ". BA"),
-    ([L, nn.LayerNorm(4), R, D], ". . AD"),
-    ([L, nn.SyncBatchNorm(4), R], ". . ."),
+    ([L, nn.LayerNorm(4), R, D], "L . AD"),
+    ([L, nn.SyncBatchNorm(4), R], "L . ."),
     ([nn.ReLU(inplace=True), D], ". ."),  # its input is the caller's
     ([nn.Identity(), D], ". ."),  # as its output is in eval
     ([L, nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True)], "LAD"),
@@ -96,6 +96,13 @@ def test_what_a_run_may_be_applied_to():
     elementwise = runs.split([R, D])
     assert runs.fits(elementwise[0], torch.ones(2, 3, 4))
     assert not runs.fits(elementwise[0], torch.ones(2, 4).t())  # torch keeps such strides
+    (alone,) = runs.split([L])
+    assert runs.fits(alone, torch.ones(2, 4))  # its backward is one launch
+    assert runs.fits(alone, torch.ones(2, 3, 4))
+    assert not runs.fits(alone, torch.ones(1 << 21, 4))  # where the library's products are worth their launches
+    assert not runs.fits(alone, torch.ones(2, 4, dtype=torch.float64))
+    with torch.no_grad():
+        assert not runs.fits(alone, torch.ones(2, 4))
 
 
 def test_gathering_costs_little_against_one_layer():

@@ -13,7 +13,7 @@ from .. import runs
 class Sequential(nn.Sequential):
     """A ``torch.nn.Sequential`` that computes each run of its children as one fused op.
 
-    A run is ``[Linear] [BatchNorm1d] [activation] [Dropout]``, any two or more in this order; activations are
+    A run is ``[Linear] [BatchNorm1d] [activation] [Dropout]``, any two or more in this order, or a small Linear; activations are
     ReLU, LeakyReLU, GELU, SiLU, Tanh, Sigmoid, ELU, Softplus and Identity. The children are the real torch
     modules, so that keys, initialisation, hooks, ``.to``, ``deepcopy`` and pickle are torch's; only ``forward``
     differs. Values, gradients and buffers equal those of ``torch.nn.Sequential``; on a GPU the dropout mask

@@ -1,6 +1,7 @@
 """The rows of the timed benches: which there are, what they are compared with, and what the model says of them."""
 
 import pytest
+import torch
 from support.optimizers import HAS_FUSED, SEVEN
 
 from bench import bench_block, bench_clipping, bench_mlp, bench_optimizers, measure, results, roofline
@@ -68,11 +69,13 @@ def test_ratios_are_of_rows_that_differ_in_the_implementation_alone():
     assert graphed["ratios"] == {"eager": 3.5, "max-autotune": 3.0}
 
 
-@pytest.mark.parametrize(("M", "plan", "accesses"), [(1000, "columns", 5), (380_000, "split", 8)])
+@pytest.mark.parametrize(
+    ("M", "plan", "accesses"), [(64, "whole_batch", 4), (1000, "columns", 5), (380_000, "split", 8)]
+)
 def test_the_model_moves_what_the_plans_are_counted_to_move(M, plan, accesses):
-    """Beyond the three of its products, as tests/bench/test_counted.py counts 8 and 11 with them."""
+    """Beyond the three of its products, with which tests/kernels/test_accesses.py counts 7, 8 and 11."""
     K, N, itemsize = 700, 512, 4
-    assert dispatch.statistics_plan(M, N, itemsize, bench_block.gpu.DEVICE) == plan
+    assert dispatch.batch_norm_plan(M, N, K, torch.float32, bench_block.gpu.DEVICE) == plan
     step = roofline.block(M, K, N, "fp32", 0.5, "fastnn")["training step"]
     assert sum(kernel.flops for kernel in step) == 3 * 2 * M * N * K
     products = 3 * itemsize * (M * K + N * K + M * N)

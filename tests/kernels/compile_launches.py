@@ -19,11 +19,13 @@ from fastnn.kernels.launch import (
     Epilogue,
     Norm,
     backward_columns,
+    backward_linear,
     backward_split,
     forward_apply,
     forward_columns,
     forward_linear,
     forward_split,
+    forward_whole_batch,
 )
 
 # (M, N): a column in registers, small and at its limit; streamed; rows that no 16-byte access fits.
@@ -31,6 +33,8 @@ COLUMNS_SHAPES = ((64, 100), (1024, 1024), (10_000, 4096), (1024, 501))
 # Few rows of a tail; the most chunks, so the largest table of partials.
 SPLIT_SHAPES = ((64, 100), (380_000, 512))
 LINEAR_SHAPES = ((64, 100, 784), (1024, 501, 343), (2048, 2048, 2048))
+# The smallest and largest tiles of whole_batch_tiles; the larger ones also where no row of K is aligned.
+SMALL_SHAPES = ((64, 100, 784), (256, 501, 343), (512, 501, 343), (512, 104, 784))
 
 
 def norm_of(mode: str, N: int) -> Norm:
@@ -89,6 +93,19 @@ def launch_linear(M: int, N: int, K: int, dtype: torch.dtype, multiprocessors: i
         forward_linear(x, weight, None, norm_of("running", N), relu, folded, precision, False)
 
 
+def launch_small(M: int, N: int, K: int, dtype: torch.dtype, multiprocessors: int) -> None:
+    relu, _ = activations()
+    x, weight, z, bias = (torch.empty(shape, dtype=dtype) for shape in ((M, K), (N, K), (M, N), N))
+    precisions = ("tf32", "ieee") if dtype == torch.float32 else ("ieee",)
+    for precision in precisions[: 1 if M > tiles.WHOLE_BATCH_ROWS // 2 else None]:
+        norm, shape = norm_of("batch", N), tiles.whole_batch_tiles(M, K, x.element_size())
+        forward_whole_batch(x, weight, bias, norm, relu, shape, precision, True)
+    if M == 64:
+        for precision in precisions:
+            shape = tiles.linear_backward_tiles(x.element_size())
+            backward_linear(z, x, weight, bias, True, shape, precision)
+
+
 def launch_eval(M: int, N: int, K: int, dtype: torch.dtype, multiprocessors: int) -> None:
     """BatchNorm folded into the GEMM; in fp32 by TF32, as without it the library's GEMM serves."""
     x, weight = torch.empty((M, K), dtype=dtype), torch.empty((N, K), dtype=dtype)
@@ -117,6 +134,7 @@ CASES = [
     *(("columns", launch_columns, shape) for shape in COLUMNS_SHAPES),
     *(("split", launch_split, shape) for shape in SPLIT_SHAPES),
     *(("linear", launch_linear, shape) for shape in LINEAR_SHAPES),
+    *(("small", launch_small, shape) for shape in SMALL_SHAPES),
 ]
 EVERY_ACTIVATION = ("activations", launch_every_activation, (64, 64))
 REPRESENTATIVE = [
@@ -124,6 +142,7 @@ REPRESENTATIVE = [
     ("columns streamed", train_by_columns, (10_000, 4096)),
     ("split", train_by_split, (380_000, 512)),
     ("eval", launch_eval, (2048, 2048, 2048)),
+    ("whole batch", launch_small, (512, 104, 784)),
 ]
 
 

@@ -15,8 +15,17 @@ BACKWARD_COLUMNS, BACKWARD_SPLIT = ["columns_backward_kernel"], ["split_sums_ker
 
 
 def count_case(case: str) -> Traffic:
-    plan, M, N, settings = (TRAINING | EVAL)[case]
-    return count_block(plan, M, N, **settings)
+    plans, M, N, settings = (TRAINING | EVAL)[case]
+    return count_block(plans, M, N, **settings)
+
+
+def test_whole_batch_writes_z_and_out_and_reads_dz_once_for_both_gradients():
+    """W z, W out | R g, R z, W dz | R dz; the second gradient's dz is served by L2, where the library's is a 7th."""
+    step = count_case("whole batch")
+    assert step.launches == ["whole_batch_forward_kernel", *BACKWARD_COLUMNS, "linear_backward_kernel"]
+    assert step.products == []
+    assert (step.reads, step.writes, step.rereads) == (3, 3, 1)
+    assert count_block("whole_batch library", 100, 24).accesses == 7
 
 
 def test_columns_in_registers_makes_8_accesses_and_rereads_nothing():
@@ -35,7 +44,7 @@ def test_streamed_columns_makes_8_accesses_and_rereads_3():
 
 @pytest.mark.parametrize("M", [100, 1100])
 def test_split_makes_11_accesses_and_rereads_nothing(M):
-    step = count_block("split", M, 12)
+    step = count_block("split library", M, 12)
     assert step.launches == FORWARD_SPLIT + BACKWARD_SPLIT
     assert (step.reads, step.writes, step.gemm, step.rereads) == (6, 2, 3, 0)
     assert step.accesses == 11

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 from support.ahead_of_time import SHARED_PER_BLOCK
-from support.compiled import instructions_per_element
+from support.compiled import PRODUCTS, instructions_per_element
 from support.processes import without_interpreter
 
 SCRIPT = Path(__file__).with_name("compile_launches.py")
 KERNELS = {
     "columns_forward_kernel", "split_statistics_kernel", "apply_kernel", "linear_forward_kernel",
     "columns_backward_kernel", "split_sums_kernel", "split_dz_kernel", "count_batch_kernel",
+    "whole_batch_forward_kernel", "linear_backward_kernel",
 }  # fmt: skip
 
 # Instructions per element: a tenth more than the worst architecture and dtype takes with Triton 3.6 or 3.9.
@@ -43,7 +44,7 @@ def check_accesses_are_as_wide_as_the_rows_allow(rows: list[dict]) -> None:
     for row in rows:
         itemsize = 4 if "float32" in row["dtype"] else 2
         N = row["shape"][1]
-        if N * itemsize % 16 or row["kernel"] in ("linear_forward_kernel", "count_batch_kernel"):
+        if N * itemsize % 16 or row["kernel"] in (*PRODUCTS, "count_batch_kernel"):
             continue
         wide, narrow = row["loads"].get("128", 0), sum(n for width, n in row["loads"].items() if width != "128")
         assert wide >= 4, name_of(row)
@@ -54,13 +55,17 @@ def check_accesses_are_as_wide_as_the_rows_allow(rows: list[dict]) -> None:
 
 def check_products_use_tensor_cores_and_wide_copies(rows: list[dict]) -> None:
     for row in rows:
-        if row["kernel"] != "linear_forward_kernel":
+        if row["kernel"] not in PRODUCTS:
             continue
         itemsize = 4 if "float32" in row["dtype"] else 2
         if row["dtype"] == "torch.bfloat16":
             assert row["tensor_core"] > 0, name_of(row)
-        if row["shape"][2] * itemsize % 16 == 0:
-            assert set(row["async_copies"]) == {"128"}, name_of(row)
+        if row["shape"][2] * itemsize % 16 == 0 and row["shape"][1] * itemsize % 16 == 0:
+            operands = row["async_copies"] or row["loads"]  # fp32's gradients are not pipelined
+            wide, narrow = operands.get("128", 0), sum(n for width, n in row["async_copies"].items() if width != "128")
+            assert wide >= 6, name_of(row)
+            # A thread's part of W is 8 bytes where 512 rows of x leave room for no deeper tile.
+            assert 16 * narrow <= wide * (row["shape"][0] == 512), name_of(row)
 
 
 def check_dropout_costs_few_instructions(rows: list[dict]) -> None:

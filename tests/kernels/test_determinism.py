@@ -11,6 +11,7 @@ from fastnn.reference import BatchNorm
 CASES = {
     "columns": Block(50, 6, 40, p=0.5),
     "columns streamed": Block(1100, 3, 20, p=0.5),
+    "whole_batch": Block(50, 6, 40, bias=True, p=0.5),
     "split": Block(600, 3, 70, p=0.5),
     "apply": Block(200, 3, 70, norm="running", p=0.5),
     "epilogue": Block(150, 9, 140, norm="none", bias=True, p=0.5),
@@ -37,11 +38,12 @@ def test_shuffled_grids_give_the_same_bits(case):
 
 
 @pytest.mark.parametrize("momentum", [0.1, None, 0.0, 1.0])
-@pytest.mark.parametrize("plan", ["columns", "split"])
+@pytest.mark.parametrize("plan", ["columns", "split", "whole_batch"])
 def test_counter_and_running_statistics_over_batches_in_any_order(plan, momentum):
     """Against torch.nn.BatchNorm1d in float64; momentum None is the average over all batches so far."""
     N = 40
     norm = torch.nn.BatchNorm1d(N, momentum=momentum)
+    weight = torch.eye(N) if plan == "whole_batch" else None
     exact = torch.nn.BatchNorm1d(N, momentum=momentum).double()
     for step in range(4):
         x = torch.randn(30 + step, N) * 3 + 1
@@ -50,14 +52,14 @@ def test_counter_and_running_statistics_over_batches_in_any_order(plan, momentum
             True, momentum, norm.eps,
         )  # fmt: skip
         with dispatch.forced_plan(plan), shuffled_grid(step):
-            ops.block(x, None, None, arguments, torch.tensor(KEY), "relu", 0.0, 0.0, 0.0)
+            ops.block(x, weight, None, arguments, torch.tensor(KEY), "relu", 0.0, 0.0, 0.0)
         exact(x.double())
         assert norm.num_batches_tracked.item() == step + 1
         for name in ("running_mean", "running_var"):
             torch.testing.assert_close(getattr(norm, name).double(), getattr(exact, name), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("plan", ["columns", "split"])
+@pytest.mark.parametrize("plan", ["columns", "split", "whole_batch"])
 def test_bias_before_batch_statistics_gets_exact_zeros(plan):
     block = Block(64, 7, 33, bias=True, p=0.3)
     inputs = block.draw(torch.Generator().manual_seed(0))

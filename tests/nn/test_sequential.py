@@ -12,7 +12,7 @@ from torch import nn
 
 import fastnn
 
-RUN = ("columns_forward_kernel",)
+RUN = ("whole_batch_forward_kernel",)
 
 
 def layers(p=0.0, **settings):

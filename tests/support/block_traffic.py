@@ -24,12 +24,13 @@ from support.interpreter import count_accesses
 from support.ops_log import OpsLog, ops_of_a_gpu
 
 K = 5
-Case = tuple[str, int, int, dict[str, Any]]  # plan, M, N, and what else the block is
+Case = tuple[str, int, int, dict[str, Any]]  # plans, M, N, and what else the block is
 TRAINING: dict[str, Case] = {
-    "columns in registers": ("columns", 100, 24, {}),
-    "columns streamed": ("columns", 1100, 12, {}),
-    "split": ("split", 100, 12, {}),
-    "without BatchNorm": ("epilogue", 100, 24, {"norm": "none", "bias": True}),
+    "whole batch": ("whole_batch grouped", 100, 24, {}),
+    "columns in registers": ("columns library", 100, 24, {}),
+    "columns streamed": ("columns library", 1100, 12, {}),
+    "split": ("split library", 100, 12, {}),
+    "without BatchNorm": ("epilogue library", 100, 24, {"norm": "none", "bias": True}),
 }
 EVAL: dict[str, Case] = {
     "eval": ("epilogue", 100, 24, {"norm": "running", "grads": False, "p": 0.0}),
@@ -51,8 +52,8 @@ class Traffic:
         return self.reads + self.writes + self.gemm
 
 
-def count_block(plan: str, M: int, N: int, **settings: Any) -> Traffic:
-    """Forward and, unless grads=False, backward of an fp32 block by that plan."""
+def count_block(plans: str, M: int, N: int, **settings: Any) -> Traffic:
+    """Forward and, unless grads=False, backward of an fp32 block by these plans."""
     block = Block(M, K, N, **{"p": 0.5, **settings})
     products: list[str] = []
     operands: list[tuple[int, ...]] = []
@@ -71,7 +72,7 @@ def count_block(plan: str, M: int, N: int, **settings: Any) -> Traffic:
         for name in ("mm", "addmm"):
             stack.enter_context(watched(name))
         accesses = stack.enter_context(count_accesses())
-        stack.enter_context(dispatch.forced_plan(plan))
+        stack.enter_context(dispatch.forced_plan(*plans.split()))
         block.ours(block.draw(torch.Generator().manual_seed(0)))
     size = M * N * block.dtype.itemsize
     activations = [t for t in accesses.shaped(M, N) if t.dtype == block.dtype]
@@ -102,9 +103,9 @@ def eager_log(M: int, N: int, norm: str = "batch", bias: bool = False, grads: bo
 
 
 def rows_of(case: str) -> list[Row]:
-    plan, M, N, settings = (TRAINING | EVAL)[case]
+    plans, M, N, settings = (TRAINING | EVAL)[case]
     phase = "a training step" if case in TRAINING else "eval"
-    ours, theirs, shapes = count_block(plan, M, N, **settings), eager_log(M, N, **settings), ((M, N), (N, M))
+    ours, theirs, shapes = count_block(plans, M, N, **settings), eager_log(M, N, **settings), ((M, N), (N, M))
     accesses, masks = theirs.accesses(*shapes), theirs.accesses(*shapes, masks=True)
     launches = len(ours.launches) + len(ours.products)
     found = [

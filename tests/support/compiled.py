@@ -14,6 +14,7 @@ from support.processes import without_interpreter
 KERNELS = Path(__file__).parent.parent / "kernels"
 SCRIPTS = (KERNELS / "compile_launches.py", KERNELS / "compile_steps.py")
 CAPABILITIES = (80, 90, 100)
+PRODUCTS = ("linear_forward_kernel", "whole_batch_forward_kernel", "linear_backward_kernel")
 PROCESSES = 2  # at a time: a compiler takes a core
 
 
@@ -52,7 +53,7 @@ def figures_of(row: dict[str, Any], capability: int) -> list[Row]:
     case = case_of(row, capability)
     found = counted("registers per thread", case, "registers", row["registers"])
     found += counted("bytes spilled per thread", case, "bytes", row["stack"])
-    if row["elements"] and row["kernel"] != "linear_forward_kernel":
+    if row["elements"] and row["kernel"] not in PRODUCTS:
         found += counted("instructions per element", case, "instructions", round(instructions_per_element(row), 2))
     share = wide_share(row)
     if share is not None:
