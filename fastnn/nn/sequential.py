@@ -13,11 +13,11 @@ from .. import runs
 class Sequential(nn.Sequential):
     """A ``torch.nn.Sequential`` that computes each run of its children as one fused op.
 
-    A run is ``[Linear] [BatchNorm1d] [activation] [Dropout]``, any two or more in this order, or a small Linear; activations are
-    ReLU, LeakyReLU, GELU, SiLU, Tanh, Sigmoid, ELU, Softplus and Identity. The children are the real torch
-    modules, so that keys, initialisation, hooks, ``.to``, ``deepcopy`` and pickle are torch's; only ``forward``
-    differs. Values, gradients and buffers equal those of ``torch.nn.Sequential``; on a GPU the dropout mask
-    is another draw of the same distribution.
+    A run is ``[Linear] [BatchNorm1d] [activation] [Dropout]``, any two or more in this order, or a small Linear by
+    itself, whose gradients are then one launch; activations are ReLU, LeakyReLU, GELU, SiLU, Tanh, Sigmoid, ELU,
+    Softplus and Identity. The children are the real torch modules, so that keys, initialisation, hooks, ``.to``,
+    ``deepcopy`` and pickle are torch's; only ``forward`` differs. Values, gradients and buffers equal those of
+    ``torch.nn.Sequential``; on a GPU the dropout mask is another draw of the same distribution.
 
     A child that is a subclass, has a hook or a patched ``forward`` is called by itself, and what is around it
     stays fused. Under a global module hook, a patched layer class, ``torch.jit``, ``torch.fx`` or ``torch.export``
