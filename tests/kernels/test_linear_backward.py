@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from support.interpreter import count_accesses, shuffled_grid
 from support.numerics import judge, judge_once
+from support.optimizers import DEVICE
 
 from fastnn import dispatch, ops
 
@@ -14,7 +15,7 @@ AXES = {"x": "MK", "weight": "NK", "bias": "N", "g": "MN", "dx": "MK", "dweight"
 
 def draw(M, N, K, dtype, generator):
     shapes = {"x": (M, K), "weight": (N, K), "bias": (N,), "g": (M, N)}
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    return {name: torch.randn(shape, generator=generator).to(DEVICE, dtype) for name, shape in shapes.items()}
 
 
 def gradients(linear):
