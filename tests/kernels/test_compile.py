@@ -87,7 +87,7 @@ def check_instructions_per_element(rows: list[dict]) -> None:
             assert instructions_per_element(row) <= INSTRUCTIONS[key[:3]], name_of(row)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 90, 100], ids="sm_{}".format)
 def test_every_launch_compiles_without_spill_and_with_wide_accesses(capability):
     """One test for an architecture, as compiling for one takes the better part of a minute."""
     rows = without_interpreter(SCRIPT, str(capability))

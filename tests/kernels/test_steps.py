@@ -22,7 +22,7 @@ def accesses(itemsizes) -> int:
     return sum(PER_THREAD * itemsize // 16 for itemsize in itemsizes)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 90, 100], ids="sm_{}".format)
 def test_steps_do_not_spill_and_access_16_bytes(capability):
     rows = without_interpreter(SCRIPT, str(capability))
     steps = [row for row in rows if row["kernel"] == "step_kernel"]
