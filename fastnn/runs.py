@@ -99,7 +99,8 @@ def fits(run: Run, input: object) -> bool:
     if not isinstance(input, Tensor) or input.layout is not torch.strided or input.is_nested or input.dim() < 2:
         return False
     if len(run) == 1:
-        return functional.is_linear_grouped(input, run[0].weight, run[0].bias)
+        linear: Any = run[0]
+        return functional.is_linear_grouped(input, linear.weight, linear.bias)
     if _PLACES[type(run[0])] == ACTIVATION:
         return input.is_contiguous()  # torch's elementwise layers keep the strides, ours write rows
     return input.dim() == 2 or not any(type(layer) is nn.BatchNorm1d for layer in run)
