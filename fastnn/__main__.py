@@ -46,6 +46,7 @@ CHECKS = (
     Check("columns, in registers", "columns", ROWS, True, "batch"),
     Check("columns, streamed", "columns", STREAMED_ROWS, False, "batch"),
     Check("split", "split", STREAMED_ROWS, False, "batch"),
+    Check("linear with statistics", "epilogue", ROWS, True, "batch"),
     Check("running statistics", "apply", ROWS, True, "running"),
     Check("activation and dropout", "split", ROWS, False, "none"),
     Check("linear with epilogue", "epilogue", ROWS, True, "none"),

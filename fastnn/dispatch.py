@@ -30,6 +30,9 @@ MAX_FEATURES = 1 << 20  # a tile's offsets are 32-bit: rows of a tile (<= 1024) 
 # Costs of the whole-batch plan that are about a launch's 2 µs, by the figures of an H100; not yet measured.
 WHOLE_BATCH_REREAD = 8 << 20  # bytes of x from L2, at 5 TB/s
 WHOLE_BATCH_FMA = 1 << 16  # multiply-adds a column without tensor cores, where a multiprocessor makes 200 a ns
+# Up to that depth an access of z (4.8 TB/s) pays for a product at three quarters of the library's rate (0.8 PFLOP/s
+# of 16 bits, 0.4 of TF32), by the figures of an H200; not yet measured.
+EPILOGUE_DEPTH = 512
 GROUPED_PRODUCT = 1 << 24  # multiply-adds of one: 3 µs of 64 programs without tensor cores
 
 
@@ -38,9 +41,10 @@ class Machine(NamedTuple):
 
     multiprocessors: int
     l2_bytes: int
+    copies_tiles: bool  # by a tensor memory accelerator
 
 
-H100 = Machine(132, 50 << 20)  # whose plans and tiles the interpreter takes
+H100 = Machine(132, 50 << 20, True)  # whose plans and tiles the interpreter takes
 
 
 class Path(NamedTuple):
@@ -75,7 +79,13 @@ def machine(device: torch.device) -> Machine:
     if device.type != "cuda":
         return H100
     properties = torch.cuda.get_device_properties(device)
-    return Machine(properties.multi_processor_count, properties.L2_cache_size)
+    return Machine(properties.multi_processor_count, properties.L2_cache_size, properties.major >= 9)
+
+
+def copies_tiles(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product of these may take its operands by descriptors, whose rows are 16-byte aligned."""
+    aligned = x.shape[1] * x.element_size() % tiles.ACCESS_BYTES == 0
+    return aligned and machine(x.device).copies_tiles and (x.data_ptr() | weight.data_ptr()) % tiles.ACCESS_BYTES == 0
 
 
 def device_path(device: torch.device) -> Path:
@@ -136,7 +146,7 @@ _forced_plans: tuple[str, ...] = ()
 
 @contextlib.contextmanager
 def forced_plan(*names: str) -> Iterator[None]:
-    """Takes these plans (names that the rules below return) wherever they serve; for tests and benchmarks."""
+    """Takes these plans (names that the rules below return), the first that serves; for tests and benchmarks."""
     global _forced_plans
     before, _forced_plans = _forced_plans, names
     try:
@@ -146,8 +156,8 @@ def forced_plan(*names: str) -> Iterator[None]:
 
 
 def _pick(*candidates: str) -> str:
-    """The first candidate that is forced, or the first."""
-    return next((name for name in candidates if name in _forced_plans), candidates[0])
+    """The first forced plan that is a candidate, or the first candidate."""
+    return next((name for name in _forced_plans if name in candidates), candidates[0])
 
 
 def statistics_plan(M: int, N: int, itemsize: int, device: torch.device) -> str:
@@ -168,19 +178,23 @@ def statistics_plan(M: int, N: int, itemsize: int, device: torch.device) -> str:
 
 
 def batch_norm_plan(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The plan of a Linear with training-mode BatchNorm: "whole_batch", or a library product and one of the other two.
+    """The plan of a Linear with training-mode BatchNorm: our product, or the library's and one of the other two.
 
-    Whole-batch takes one launch for two and moves one access less, but its programs read x once each, from L2, and use
-    no more multiprocessors than there are column tiles: it serves where that costs less than a launch.
+    "whole_batch" takes one launch for two and moves one access less, but its programs read x once each, from L2, and
+    use no more multiprocessors than there are column tiles: it serves where that costs less than a launch. "epilogue"
+    takes the statistics where "split" would read z once more, with a product that is slower than the library's.
     """
     rest = statistics_plan(M, N, dtype.itemsize, device)
     tensor_cores = dtype != torch.float32 or fp32_precision() == "tf32"
+    shallow = K <= EPILOGUE_DEPTH and K * dtype.itemsize % tiles.ACCESS_BYTES == 0
+    gains = tensor_cores and shallow and rest == "split"
+    general = _pick("epilogue", rest) if gains else _pick(rest, "epilogue")
     rows = tiles.WHOLE_BATCH_ROWS if tensor_cores else tiles.WHOLE_BATCH_ROWS // 2
     if rows < M:
-        return rest
+        return general
     reread = math.ceil(N / tiles.whole_batch_tiles(M, K, dtype.itemsize).cols) * M * K * dtype.itemsize
     fits = reread <= WHOLE_BATCH_REREAD and (tensor_cores or M * K <= WHOLE_BATCH_FMA)
-    return _pick("whole_batch", "columns", "split") if fits else _pick(rest, "whole_batch")
+    return _pick("whole_batch", "columns", "split", "epilogue") if fits else _pick(general, "whole_batch")
 
 
 def linear_plan(M: int, N: int, K: int, dtype: torch.dtype) -> str:

@@ -89,7 +89,7 @@ def _forward_by_plan(
     if weight is not None:
         if _is_linear_alone(norm.mode, epilogue.activation, epilogue.p):
             return _library_linear(input, weight, bias), None, None
-        found = _one_launch(input, weight, bias, norm, epilogue, save)
+        found = _our_product(input, weight, bias, norm, epilogue, save)
         if found is not None:
             return found
     z = input.contiguous() if weight is None else _library_linear(input, weight, bias)
@@ -105,26 +105,28 @@ def _is_linear_alone(norm: str, activation: str, p: float) -> bool:
     return norm == "none" and activation == "identity" and p == 0
 
 
-def _one_launch(
+def _our_product(
     input: Tensor, weight: Tensor, bias: Tensor | None, norm: Any, epilogue: Any, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """The same with the Linear's product in it; None where the library's and a pass over z are the better plan."""
+    """The same with the Linear's product in our kernel; None where the library's, then a pass over z, is the plan."""
     (M, K), N = input.shape, weight.shape[0]
-    precision = dispatch.fp32_precision() if input.dtype == torch.float32 else "ieee"
+    plan = dispatch.linear_plan(M, N, K, input.dtype)
     if norm.mode == "batch":
-        if dispatch.batch_norm_plan(M, N, K, input.dtype, input.device) != "whole_batch":
-            return None
-        shape = tiles.whole_batch_tiles(M, K, input.element_size())
-        return launch.forward_whole_batch(
-            input.contiguous(), weight.contiguous(), bias, norm, epilogue, shape, precision, save
-        )
-    if (norm.mode == "running" and save) or dispatch.linear_plan(M, N, K, input.dtype) != "epilogue":
+        plan = dispatch.batch_norm_plan(M, N, K, input.dtype, input.device)
+    if plan not in ("whole_batch", "epilogue") or (norm.mode == "running" and save):
         return None
-    multiprocessors = dispatch.machine(input.device).multiprocessors
-    shape = tiles.linear_tiles(M, N, input.element_size(), norm.mode == "running", multiprocessors)
-    out, z = launch.forward_linear(
-        input.contiguous(), weight.contiguous(), bias, norm, epilogue, shape, precision, save
-    )
+    x, weight = input.contiguous(), weight.contiguous()
+    precision = dispatch.fp32_precision() if x.dtype == torch.float32 else "ieee"
+    itemsize, multiprocessors = x.element_size(), dispatch.machine(x.device).multiprocessors
+    if plan == "whole_batch":
+        shape = tiles.whole_batch_tiles(M, K, itemsize)
+        return launch.forward_whole_batch(x, weight, bias, norm, epilogue, shape, precision, save)
+    descriptors = dispatch.copies_tiles(x, weight)
+    if norm.mode == "batch":
+        strips = tiles.linear_statistics_tiles(M, N, itemsize, descriptors, multiprocessors)
+        return launch.forward_linear_statistics(x, weight, bias, norm, epilogue, strips, precision)
+    shape = tiles.linear_tiles(M, N, itemsize, norm.mode == "running", descriptors, multiprocessors)
+    out, z = launch.forward_linear(x, weight, bias, norm, epilogue, shape, precision, save)
     return out, z, None
 
 

@@ -47,12 +47,17 @@ def normalise(z, mean, scale, shift):
 
 
 @triton.jit
-def combine(count, mean, m2):
-    """Chan's combination along axis 0 of groups with count (may be 0), mean and centred sum of squares."""
+def combine(count, mean, rest, m2):
+    """Chan's combination along axis 0 of groups with count (may be 0), mean, what it lost by rounding, and centred
+    sum of squares; returns the last three of all.
+
+    A mean of 1e4 rounds by 5e-4, which would stand in the variance twice the distance of the means times over.
+    """
     total = column_sum(count)
     pooled = column_sum(mean * count) / total
-    deviation = mean - pooled[None, :]
-    return pooled, column_sum(m2 + count * deviation * deviation)
+    deviation = mean - pooled[None, :] + rest
+    pooled_rest = column_sum(count * deviation) / total
+    return pooled, pooled_rest, column_sum(m2 + count * deviation * deviation) - total * pooled_rest * pooled_rest
 
 
 @triton.jit
@@ -66,7 +71,7 @@ def tile_statistics(z, row, end, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def stream_statistics(z_ptr, begin, end, N, col, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The same of rows [begin, end), a tile at a time; full tiles without a row mask."""
+    """Mean, its rounding and centred sum of squares of rows [begin, end), by tiles; full ones without a row mask."""
     mean = tl.zeros((ROWS, COLS), tl.float32)
     m2 = tl.zeros((ROWS, COLS), tl.float32)
     seen = 0.0
@@ -84,7 +89,7 @@ def stream_statistics(z_ptr, begin, end, N, col, ROWS: tl.constexpr, COLS: tl.co
     count = seen + exists.to(tl.float32)
     mean += delta / tl.where(exists, count, 1.0)
     m2 += delta * (z - mean)
-    return combine(count, mean, m2)
+    return combine(count, mean, tl.zeros_like(mean), m2)
 
 
 @triton.jit
@@ -194,7 +199,7 @@ def columns_forward_kernel(
         z = load_tile(z_ptr, 0, M, N, col, True, ROWS, COLS)
         mean, m2 = tile_statistics(z, 0, M, ROWS, COLS)
     else:
-        mean, m2 = stream_statistics(z_ptr, 0, M, N, col, ROWS, COLS)
+        mean, _, m2 = stream_statistics(z_ptr, 0, M, N, col, ROWS, COLS)
     scale, shift = keep_statistics(mean, m2, gamma_ptr, beta_ptr, stats_ptr, running_mean_ptr, running_var_ptr,
                                    batches_ptr, cols, M, N, momentum, eps, CUMULATIVE)  # fmt: skip
     key = load_key(seed_ptr, seed)
@@ -209,7 +214,7 @@ def columns_forward_kernel(
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
 def split_statistics_kernel(
     z_ptr,  # (M, N)
-    partials_ptr,  # (chunks, 2, N) fp32: mean, centred sum of squares
+    partials_ptr,  # (chunks, 3, N) fp32: mean, what it lost by rounding, centred sum of squares
     batches_ptr,  # () int64 or None
     M, N, rows_per_chunk, VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -218,21 +223,27 @@ def split_statistics_kernel(
     col, chunk = tl.program_id(0) * COLS, tl.program_id(1)
     cols = col + tl.arange(0, COLS)
     begin = chunk * rows_per_chunk
-    mean, m2 = stream_statistics(z_ptr, begin, tl.minimum(begin + rows_per_chunk, M), N, col, ROWS, COLS)
-    tl.store(partials_ptr + 2 * chunk * N + cols, mean, mask=cols < N)
-    tl.store(partials_ptr + (2 * chunk + 1) * N + cols, m2, mask=cols < N)
+    mean, rest, m2 = stream_statistics(z_ptr, begin, tl.minimum(begin + rows_per_chunk, M), N, col, ROWS, COLS)
+    store_statistics(partials_ptr, chunk, mean, rest, m2, cols, N)
     if (tl.program_id(0) == 0) & (chunk == 0):
         count_batch(batches_ptr)
 
 
 @triton.jit
-def load_partials(partials_ptr, chunks, N, cols, CHUNKS: tl.constexpr):
-    """The two halves of a (chunks, 2, N) table, (CHUNKS, COLS) each."""
+def store_statistics(partials_ptr, chunk, mean, rest, m2, cols, N):
+    """Of a chunk of rows, into a (chunks, 3, N) table."""
+    at = partials_ptr + 3 * chunk * N + cols
+    tl.store(at, mean, mask=cols < N)
+    tl.store(at + N, rest, mask=cols < N)
+    tl.store(at + 2 * N, m2, mask=cols < N)
+
+
+@triton.jit
+def load_partials(partials_ptr, part, parts: tl.constexpr, chunks, N, cols, CHUNKS: tl.constexpr):
+    """One part, (CHUNKS, COLS), of a (chunks, parts, N) table."""
     chunk = tl.arange(0, CHUNKS)[:, None]
-    offsets = 2 * chunk * N + cols[None, :]
     mask = (chunk < chunks) & (cols < N)[None, :]
-    first = tl.load(partials_ptr + offsets, mask=mask, other=0.0)
-    return first, tl.load(partials_ptr + N + offsets, mask=mask, other=0.0)
+    return tl.load(partials_ptr + (parts * chunk + part) * N + cols[None, :], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
@@ -241,7 +252,7 @@ def apply_kernel(
     out_ptr,  # (M, N)
     gamma_ptr, beta_ptr,  # (N,) or None
     stats_ptr,  # (2, N) fp32: mean, rstd; None without BatchNorm
-    partials_ptr,  # (chunks, 2, N) fp32; None but for NORM_BATCH
+    partials_ptr,  # (chunks, 3, N) fp32; None but for NORM_BATCH
     running_mean_ptr, running_var_ptr,  # (N,) or None
     batches_ptr,  # () int64 or None
     seed_ptr,  # () int64 or None
@@ -259,8 +270,9 @@ def apply_kernel(
     if NORM == NORM_BATCH:
         counts = tl.minimum(M - tl.arange(0, CHUNKS) * rows_per_chunk, rows_per_chunk)
         counts = tl.broadcast_to(tl.maximum(counts, 0)[:, None], (CHUNKS, COLS)).to(tl.float32)
-        means, m2s = load_partials(partials_ptr, chunks, N, cols, CHUNKS)
-        mean, m2 = combine(counts, means, m2s)
+        means = load_partials(partials_ptr, 0, 3, chunks, N, cols, CHUNKS)
+        rests = load_partials(partials_ptr, 1, 3, chunks, N, cols, CHUNKS)
+        mean, _, m2 = combine(counts, means, rests, load_partials(partials_ptr, 2, 3, chunks, N, cols, CHUNKS))
         rstd = reciprocal_sqrt(m2 / M + eps)
         if chunk == 0:
             move_running_statistics(mean, m2, running_mean_ptr, running_var_ptr, batches_ptr, cols, M, N, momentum,

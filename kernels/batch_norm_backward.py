@@ -205,8 +205,8 @@ def split_dz_kernel(
     cols = col + tl.arange(0, COLS)
     key = load_key(seed_ptr, seed)
     mean, rstd, scale, shift = load_norm(stats_ptr, gamma_ptr, beta_ptr, cols, N)
-    sums, sums_xhat = load_partials(partials_ptr, chunks, N, cols, CHUNKS)
-    sum_dy, sum_dy_xhat = column_sum(sums), column_sum(sums_xhat)
+    sum_dy = column_sum(load_partials(partials_ptr, 0, 2, chunks, N, cols, CHUNKS))
+    sum_dy_xhat = column_sum(load_partials(partials_ptr, 1, 2, chunks, N, cols, CHUNKS))
     begin = chunk * rows_per_chunk
     stream_dz(g_ptr, z_ptr, dz_ptr, begin, tl.minimum(begin + rows_per_chunk, M), N, col, mean, rstd, scale, shift,
               sum_dy / M, sum_dy_xhat / M, act_a, act_b, key, threshold, keep_scale, ACTIVATION_BACKWARD, NORM, DROPOUT,

@@ -4,14 +4,15 @@ Tensors are contiguous, on one device, not empty, and of dtypes dispatch.py lets
 theirs. Nothing here reads device memory on the host.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import activations, batch_norm, batch_norm_backward, linear, linear_backward, whole_batch
+from . import activations, batch_norm, batch_norm_backward, linear, linear_backward, linear_statistics, whole_batch
 from .dropout import threshold_and_scale
-from .tiles import LAUNCH_OPTIONS, LinearTiles, Tiles, access_width, power_of_two_at_least
+from .tiles import LAUNCH_OPTIONS, LinearTiles, StripTiles, Tiles, access_width, power_of_two_at_least, row_multiple
 
 NORM_MODES = {"none": batch_norm.NORM_NONE, "batch": batch_norm.NORM_BATCH, "running": batch_norm.NORM_RUNNING}
 
@@ -93,7 +94,16 @@ def _linear_options(x: torch.Tensor, N: int, tiles: LinearTiles, precision: str)
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
         **LAUNCH_OPTIONS,
+        "maxnreg": tiles.registers,
     }
+
+
+def _operands(x: torch.Tensor, weight: torch.Tensor, tiles: LinearTiles) -> tuple[Any, Any]:
+    """x and weight as product_tile takes them."""
+    if not tiles.descriptors:
+        return x, weight
+    x_part, weight_part = [tiles.rows, tiles.depth], [tiles.cols, tiles.depth]
+    return TensorDescriptor.from_tensor(x, x_part), TensorDescriptor.from_tensor(weight, weight_part)
 
 
 def _count_before(norm: Norm) -> None:
@@ -106,8 +116,8 @@ def _grid(N: int, tiles: Tiles) -> tuple[int, int]:
     return triton.cdiv(N, tiles.cols), tiles.chunks
 
 
-def _partials(z: torch.Tensor, tiles: Tiles) -> torch.Tensor:
-    return z.new_empty((tiles.chunks, 2, z.shape[1]), dtype=torch.float32)
+def _partials(z: torch.Tensor, tiles: Tiles, parts: int) -> torch.Tensor:
+    return z.new_empty((tiles.chunks, parts, z.shape[1]), dtype=torch.float32)
 
 
 def forward_columns(z: torch.Tensor, norm: Norm, epilogue: Epilogue, tiles: Tiles) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +137,7 @@ def forward_columns(z: torch.Tensor, norm: Norm, epilogue: Epilogue, tiles: Tile
 def forward_split(z: torch.Tensor, norm: Norm, epilogue: Epilogue, tiles: Tiles) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, stats) of training-mode BatchNorm in two launches."""
     M, N = z.shape
-    partials = _partials(z, tiles)
+    partials = _partials(z, tiles, 3)
     batch_norm.split_statistics_kernel[_grid(N, tiles)](
         z, partials, norm.num_batches_tracked, M, N, tiles.rows_per_chunk, **_tile_options(z, tiles)
     )
@@ -160,11 +170,30 @@ def forward_linear(
     out = x.new_empty((M, N))
     z = torch.empty_like(out) if keep_z else None
     linear.linear_forward_kernel[(triton.cdiv(M, tiles.rows) * triton.cdiv(N, tiles.cols),)](
-        x, weight, bias, z, out, norm.gamma, norm.beta, norm.running_mean, norm.running_var,
+        *_operands(x, weight, tiles), bias, z, out, norm.gamma, norm.beta, norm.running_mean, norm.running_var,
         *epilogue.seed_arguments(), M, N, K, norm.eps, *epilogue.scalars(),
-        NORM=NORM_MODES[norm.mode], **_linear_options(x, N, tiles, precision), **epilogue.forward_constants(),
+        NORM=NORM_MODES[norm.mode], DESCRIPTORS=tiles.descriptors,
+        **_linear_options(x, N, tiles, precision), **epilogue.forward_constants(),
     )  # fmt: skip
     return out, z
+
+
+def forward_linear_statistics(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm, epilogue: Epilogue,
+    tiles: StripTiles, precision: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(out, z, stats) of Linear and training-mode BatchNorm in two launches: product with statistics, then apply."""
+    (M, K), N = x.shape, weight.shape[0]
+    z = x.new_empty((M, N))
+    partials = _partials(z, tiles.apply, 3)
+    linear_statistics.linear_statistics_kernel[(tiles.lanes * tiles.apply.chunks,)](
+        *_operands(x, weight, tiles.product), bias, z, partials, norm.num_batches_tracked,
+        M, N, K, tiles.lanes, tiles.apply.rows_per_chunk, DESCRIPTORS=tiles.product.descriptors,
+        VEC_M=row_multiple(M),
+        **_linear_options(x, N, tiles.product, precision),
+    )  # fmt: skip
+    out, stats = forward_apply(z, norm, epilogue, tiles.apply, partials)
+    return out, z, stats
 
 
 def forward_whole_batch(
@@ -213,7 +242,7 @@ def backward_split(
 ) -> Gradients:  # fmt: skip
     """The same in two launches."""
     M, N = z.shape
-    grads, partials = _gradients(z, norm, bias), _partials(z, tiles)
+    grads, partials = _gradients(z, norm, bias), _partials(z, tiles, 2)
     options = {"NORM": NORM_MODES[norm.mode], **epilogue.backward_constants(), **_tile_options(z, tiles)}
     batch_norm_backward.split_sums_kernel[_grid(N, tiles)](
         g, z, stats, norm.gamma, norm.beta, partials, *epilogue.seed_arguments(),

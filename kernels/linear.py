@@ -32,31 +32,39 @@ def grouped_tile(program, row_tiles, col_tiles):
 
 @triton.jit
 def product_tile(
-    x_ptr, weight_ptr, row, col, M, N, K,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    a, b, row, col, a_rows, b_rows, K,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLS) tile of x Wᵀ at (row, col), accumulated in fp32."""
-    depth = tl.arange(0, DEPTH)
-    x_rows = row + tl.arange(0, ROWS)
-    w_rows = col + tl.arange(0, COLS)
-    # Rows past the end are wrapped to existing ones: their results are masked at the store, and the loads stay full.
-    x_ptrs = x_ptr + (x_rows % M).to(tl.int64)[:, None] * K + depth[None, :]
-    w_ptrs = weight_ptr + (w_rows % N).to(tl.int64)[None, :] * K + depth[:, None]
+    """(ROWS, COLS) tile at (row, col) of a bᵀ, accumulated in fp32; a (a_rows, K) and b (b_rows, K).
+
+    a and b are addresses, or descriptors by which the tensor memory accelerator copies whole tiles. What a tile has
+    beyond the last row is masked at the store.
+    """
     total = tl.zeros((ROWS, COLS), tl.float32)
-    for k in range(0, K, DEPTH):
-        exists = depth < K - k
-        x = dot_operand(tl.load(x_ptrs, mask=exists[None, :], other=0.0))
-        w = dot_operand(tl.load(w_ptrs, mask=exists[:, None], other=0.0))
-        total = tl.dot(x, w, total, input_precision=PRECISION)
-        x_ptrs += DEPTH
-        w_ptrs += DEPTH
+    if DESCRIPTORS:
+        for k in range(0, K, DEPTH):
+            left, right = dot_operand(a.load([row, k])), dot_operand(b.load([col, k]))
+            total = tl.dot(left, right.T, total, input_precision=PRECISION)
+    else:
+        depth = tl.arange(0, DEPTH)
+        # Rows past the end are wrapped to existing ones, so that the loads stay full.
+        rows, cols = (row + tl.arange(0, ROWS)) % a_rows, (col + tl.arange(0, COLS)) % b_rows
+        a_ptrs = a + rows.to(tl.int64)[:, None] * K + depth[None, :]
+        b_ptrs = b + cols.to(tl.int64)[None, :] * K + depth[:, None]
+        for k in range(0, K, DEPTH):
+            exists = depth < K - k
+            left = dot_operand(tl.load(a_ptrs, mask=exists[None, :], other=0.0))
+            right = dot_operand(tl.load(b_ptrs, mask=exists[:, None], other=0.0))
+            total = tl.dot(left, right, total, input_precision=PRECISION)
+            a_ptrs += DEPTH
+            b_ptrs += DEPTH
     return total
 
 
 @triton.jit(do_not_specialize=[*RUNTIME_ARGUMENTS, "K"])
 def linear_forward_kernel(
-    x_ptr,  # (M, K)
-    weight_ptr,  # (N, K)
+    x,  # (M, K), an address or a descriptor
+    weight,  # (N, K), the same
     bias_ptr,  # (N,) or None
     z_ptr,  # (M, N), or None where no backward follows
     out_ptr,  # (M, N)
@@ -64,12 +72,13 @@ def linear_forward_kernel(
     seed_ptr,  # () int64 or None
     seed: tl.uint64, M, N, K, eps, act_a, act_b, threshold, keep_scale,
     ACTIVATION: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    VEC: tl.constexpr, VEC_K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, VEC: tl.constexpr, VEC_K: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     N, K = aligned(N, VEC), aligned(K, VEC_K)
     row_tile, col_tile = grouped_tile(tl.program_id(0), tl.cdiv(M, ROWS), tl.cdiv(N, COLS))
     row, col = row_tile * ROWS, col_tile * COLS
-    y = product_tile(x_ptr, weight_ptr, row, col, M, N, K, PRECISION, ROWS, COLS, DEPTH)
+    y = product_tile(x, weight, row, col, M, N, K, PRECISION, DESCRIPTORS, ROWS, COLS, DEPTH)
     cols = col + tl.arange(0, COLS)
     bias = load_columns(bias_ptr, cols, N, 0.0)
     if NORM == NORM_RUNNING:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -12,10 +13,11 @@ LINE_BYTES = 128
 REGISTER_TILE = 8192  # elements: 8 warps hold 32 a thread, and the backward's two tiles take 150 registers of 255
 STREAM_TILE = 4096  # elements: 16 a thread of 8 warps; a streaming backward spills with 32, and with 16 warps
 MAX_CHUNKS = 128  # row chunks of the split plan: each apply program rereads that many partials from L2
+MAX_LANES = 16  # column tiles at work at once: with as many strips, the programs read the least of x and W
 WHOLE_BATCH_ROWS = 512  # 16 columns of them take 244 registers of 4 warps with tensor cores; without, 512 rows spill
 # fp contraction is stated because Triton's default changes with 3.10; tl.fma marks where results rely on it.
-# 255 registers are the machine's own limit: ptxas for sm_100 else stops at 128 and spills.
-LAUNCH_OPTIONS = {"enable_fp_fusion": True, "maxnreg": 255}
+MAX_REGISTERS = 255  # of a thread, the machine's own limit; stated, as ptxas for sm_100 else stops at 128 and spills
+LAUNCH_OPTIONS = {"enable_fp_fusion": True, "maxnreg": MAX_REGISTERS}
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ def access_width(N: int, itemsize: int) -> int:
     return math.gcd(N, ACCESS_BYTES // itemsize)
 
 
+def row_multiple(M: int) -> int:
+    """What the compiler is told of M: whether 16 divides it, and no more, or every batch size would compile anew."""
+    return 16 if M % 16 == 0 else 1
+
+
 def _warps(elements: int) -> int:
     return min(8, power_of_two_at_least(elements // 512))
 
@@ -53,6 +60,18 @@ def _widest_filling(N: int, itemsize: int, programs: int) -> int:
     while cols > narrow and (math.ceil(N / cols) < programs or cols >= 2 * N):
         cols //= 2
     return cols
+
+
+def _line_of_columns(N: int, itemsize: int) -> int:
+    """Columns of a line of device memory, fewer where N is less than half of them."""
+    return _widest_filling(N, itemsize, math.ceil(N * itemsize / LINE_BYTES))
+
+
+def _chunks(M: int, rows: int, wanted: int, cols: int) -> Tiles:
+    """About so many chunks, of whole numbers of `rows`, in tiles that stream."""
+    rows_per_chunk = math.ceil(M / wanted / rows) * rows
+    rows = min(rows, STREAM_TILE // cols)
+    return Tiles(rows, cols, math.ceil(M / rows_per_chunk), rows_per_chunk, _warps(rows * cols))
 
 
 def columns_tiles(M: int, N: int, itemsize: int, multiprocessors: int) -> Tiles:
@@ -67,26 +86,29 @@ def columns_tiles(M: int, N: int, itemsize: int, multiprocessors: int) -> Tiles:
 
 def split_tiles(M: int, N: int, itemsize: int, multiprocessors: int) -> Tiles:
     """Row chunks of columns: four programs a multiprocessor, at most MAX_CHUNKS chunks, whole tiles in each."""
-    cols = _widest_filling(N, itemsize, math.ceil(N * itemsize / LINE_BYTES))
+    cols = _line_of_columns(N, itemsize)
     rows = min(STREAM_TILE // cols, max(16, power_of_two_at_least(M)))
-    column_tiles = math.ceil(N / cols)
-    wanted = min(MAX_CHUNKS, math.ceil(4 * multiprocessors / column_tiles), math.ceil(M / rows))
-    rows_per_chunk = math.ceil(M / wanted / rows) * rows
-    return Tiles(rows, cols, math.ceil(M / rows_per_chunk), rows_per_chunk, _warps(rows * cols))
+    wanted = min(MAX_CHUNKS, math.ceil(4 * multiprocessors / math.ceil(N / cols)), math.ceil(M / rows))
+    return _chunks(M, rows, wanted, cols)
 
 
 @dataclass(frozen=True)
 class LinearTiles:
-    """Output tile rows x cols of the GEMM, accumulated in steps of depth."""
+    """Output tile rows x cols of the GEMM, accumulated in steps of depth.
+
+    With `descriptors` the tensor memory accelerator copies the operands, which takes no registers for their addresses.
+    """
 
     rows: int
     cols: int
     depth: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
+    registers: int = MAX_REGISTERS
 
 
-def linear_tiles(M: int, N: int, itemsize: int, folded: bool, multiprocessors: int) -> LinearTiles:
+def linear_tiles(M: int, N: int, itemsize: int, folded: bool, descriptors: bool, multiprocessors: int) -> LinearTiles:
     """128 x 128 where that fills the machine (96 KiB of shared memory at most), else 64 x 64 or less.
 
     Half as wide where BatchNorm is folded in: a thread holds that many columns' parameters, and 128 spill.
@@ -96,7 +118,8 @@ def linear_tiles(M: int, N: int, itemsize: int, folded: bool, multiprocessors: i
         rows, cols, num_warps = 128, 128, 8
     rows = max(16, min(rows, power_of_two_at_least(M)))
     cols = max(16, min(cols // 2 if folded else cols, power_of_two_at_least(N)))
-    return LinearTiles(rows, cols, LINE_BYTES // itemsize, num_warps, 3)
+    # Below that size launches count, and making two descriptors costs the host as much.
+    return LinearTiles(rows, cols, LINE_BYTES // itemsize, num_warps, 3, descriptors and num_warps == 8)
 
 
 def whole_batch_tiles(M: int, K: int, itemsize: int) -> LinearTiles:
@@ -110,6 +133,32 @@ def whole_batch_tiles(M: int, K: int, itemsize: int) -> LinearTiles:
     depth = min(LINE_BYTES // itemsize, 32 * 1024 // (rows * itemsize))
     num_warps = 8 if rows > 128 and K * itemsize % ACCESS_BYTES else 4
     return LinearTiles(rows, 16, depth, num_warps, 3 if rows * depth * itemsize < 32 * 1024 else 2)
+
+
+class StripTiles(NamedTuple):
+    """Tiles of linear_statistics_kernel and of the apply launch, whose chunks are its strips."""
+
+    product: LinearTiles
+    lanes: int  # column tiles at work at once
+    apply: Tiles
+
+
+def linear_statistics_tiles(M: int, N: int, itemsize: int, descriptors: bool, multiprocessors: int) -> StripTiles:
+    """Two programs a multiprocessor, so that one's statistics run beside the other's product.
+
+    A thread of 8 warps has 64 numbers of a tile of 128 x 128 and 128 registers, which suffice for 16 bits where
+    descriptors copy the operands. Else tiles are half as wide, for half the warps; and half as high where masks of
+    single rows would spill or the tiles would leave multiprocessors idle.
+    """
+    rows, cols, num_warps, registers = 128, 64, 4, MAX_REGISTERS
+    if row_multiple(M) == 1 or math.ceil(M / 128) * math.ceil(N / 64) < multiprocessors:
+        rows = 64
+    elif descriptors and itemsize == 2 and math.ceil(M / 128) * math.ceil(N / 128) >= multiprocessors:
+        cols, num_warps, registers = 128, 8, 128
+    product = LinearTiles(rows, cols, LINE_BYTES // itemsize, num_warps, 3, descriptors, registers)
+    lanes = min(MAX_LANES, math.ceil(N / cols))
+    strips = min(MAX_CHUNKS, math.ceil(M / rows), max(1, 2 * multiprocessors // lanes))
+    return StripTiles(product, lanes, _chunks(M, rows, strips, _line_of_columns(N, itemsize)))
 
 
 def linear_backward_tiles(itemsize: int) -> LinearTiles:

@@ -37,7 +37,7 @@ def whole_batch_forward_kernel(
     N, K = aligned(N, VEC), aligned(K, VEC_K)
     col = tl.program_id(0) * COLS
     cols = col + tl.arange(0, COLS)
-    product = product_tile(x_ptr, weight_ptr, 0, col, M, N, K, PRECISION, ROWS, COLS, DEPTH)
+    product = product_tile(x_ptr, weight_ptr, 0, col, M, N, K, PRECISION, False, ROWS, COLS, DEPTH)
     stored = to_stored(product + load_columns(bias_ptr, cols, N, 0.0)[None, :], out_ptr.dtype.element_ty)
     if z_ptr is not None:
         _, offsets, mask = tile_offsets(0, M, N, col, True, ROWS, COLS)

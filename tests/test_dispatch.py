@@ -107,6 +107,10 @@ def test_statistics_plan_of_published_shapes(M, N, itemsize, plan):
         (1024, 100, 100, torch.bfloat16, "columns"),  # more rows than a tile
         (256, 4096, 256, torch.bfloat16, "columns"),  # x is read 256 times: 34 MB
         (2048, 8192, 8192, torch.bfloat16, "columns"),
+        (80_000, 1024, 128, torch.bfloat16, "epilogue"),
+        (80_000, 1024, 128, torch.float32, "split"),  # without tensor cores
+        (380_000, 512, 768, torch.bfloat16, "split"),  # a product too deep for what reading z once less saves
+        (9000, 600, 300, torch.bfloat16, "split"),  # rows of x that no 16-byte copy fits
     ],
 )
 def test_batch_norm_plan_of_published_shapes(M, N, K, dtype, plan):
@@ -127,6 +131,15 @@ def test_whole_batch_serves_more_rows_with_tensor_cores(monkeypatch):
 )
 def test_linear_backward_plan_of_published_shapes(M, N, K, plan):
     assert dispatch.linear_backward_plan(M, N, K) == plan
+
+
+def test_descriptors_copy_rows_of_16_byte_multiples_at_such_addresses(monkeypatch):
+    x, weight = torch.empty(32, 40), torch.empty(24, 40)
+    assert dispatch.copies_tiles(x, weight)
+    assert not dispatch.copies_tiles(x[:, 1:], weight[:, 1:])
+    assert not dispatch.copies_tiles(x, torch.empty(24 * 40 + 1)[1:].view(24, 40))
+    monkeypatch.setattr(dispatch, "machine", lambda device: dispatch.Machine(108, 40 << 20, False))
+    assert not dispatch.copies_tiles(x, weight)
 
 
 def test_several_plans_are_forced_each_where_it_serves():

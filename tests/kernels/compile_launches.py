@@ -13,7 +13,9 @@ from functools import partial
 import torch
 from support.ahead_of_time import MULTIPROCESSORS, describe, stand_in_driver
 
+from fastnn import dispatch
 from fastnn.activations import ACTIVATIONS
+from fastnn.dispatch import Machine
 from fastnn.kernels import tiles
 from fastnn.kernels.launch import (
     Epilogue,
@@ -24,6 +26,7 @@ from fastnn.kernels.launch import (
     forward_apply,
     forward_columns,
     forward_linear,
+    forward_linear_statistics,
     forward_split,
     forward_whole_batch,
 )
@@ -33,6 +36,8 @@ COLUMNS_SHAPES = ((64, 100), (1024, 1024), (10_000, 4096), (1024, 501))
 # Few rows of a tail; the most chunks, so the largest table of partials.
 SPLIT_SHAPES = ((64, 100), (380_000, 512))
 LINEAR_SHAPES = ((64, 100, 784), (1024, 501, 343), (2048, 2048, 2048))
+# Tiles of full height; a last tile that ends within sixteen rows; tiles that leave multiprocessors idle.
+EPILOGUE_SHAPES = ((80_000, 1024, 128), (80_001, 1024, 128), (2048, 400, 400))
 # The smallest and largest tiles of whole_batch_tiles; the larger ones also where no row of K is aligned.
 SMALL_SHAPES = ((64, 100, 784), (256, 501, 343), (512, 501, 343), (512, 104, 784))
 
@@ -48,11 +53,11 @@ def activations() -> tuple[Epilogue, Epilogue]:
     return Epilogue("relu", p=0.5, seed=seed), Epilogue("gelu", p=0.5, seed=seed)
 
 
-def train(tiles_of, forward, backward, M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> tuple:
+def train(tiles_of, forward, backward, M: int, N: int, dtype: torch.dtype, gpu: Machine) -> tuple:
     """Forward and backward with ReLU and dropout."""
     relu, _ = activations()
     z, stats = torch.empty((M, N), dtype=dtype), torch.empty((2, N))
-    shape = tiles_of(M, N, z.element_size(), multiprocessors)
+    shape = tiles_of(M, N, z.element_size(), gpu.multiprocessors)
     forward(z, norm_of("batch", N), relu, shape)
     backward(z, z, stats, norm_of("batch", N), relu, stats[0], shape)
     return z, stats, shape
@@ -62,9 +67,9 @@ train_by_columns = partial(train, tiles.columns_tiles, forward_columns, backward
 train_by_split = partial(train, tiles.split_tiles, forward_split, backward_split)
 
 
-def launch_columns(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> None:
+def launch_columns(M: int, N: int, dtype: torch.dtype, gpu: Machine) -> None:
     relu, gelu = activations()
-    z, stats, shape = train_by_columns(M, N, dtype, multiprocessors)
+    z, stats, shape = train_by_columns(M, N, dtype, gpu)
     if M == 64:
         forward_columns(z, norm_of("batch", N)._replace(momentum=None), relu, shape)
     if M == 1024 and N == 1024:
@@ -74,9 +79,9 @@ def launch_columns(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> 
         backward_columns(z, z, None, Norm("none"), gelu, stats[0], shape)
 
 
-def launch_split(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> None:
+def launch_split(M: int, N: int, dtype: torch.dtype, gpu: Machine) -> None:
     relu, gelu = activations()
-    z, stats, shape = train_by_split(M, N, dtype, multiprocessors)
+    z, stats, shape = train_by_split(M, N, dtype, gpu)
     if M > 100_000:
         forward_apply(z, norm_of("running", N), relu, shape)
         forward_apply(z, Norm("none"), gelu, shape)
@@ -84,16 +89,32 @@ def launch_split(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> No
         backward_split(z, z, None, Norm("none"), gelu, stats[0], shape)
 
 
-def launch_linear(M: int, N: int, K: int, dtype: torch.dtype, multiprocessors: int) -> None:
+def descriptors_serve(x: torch.Tensor, weight: torch.Tensor, gpu: Machine) -> bool:
+    return gpu.copies_tiles and dispatch.copies_tiles(x, weight)
+
+
+def launch_linear(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> None:
     relu, _ = activations()
     x, weight, bias = torch.empty((M, K), dtype=dtype), torch.empty((N, K), dtype=dtype), torch.empty(N, dtype=dtype)
-    plain, folded = (tiles.linear_tiles(M, N, x.element_size(), fold, multiprocessors) for fold in (False, True))
+    plain, folded = (
+        tiles.linear_tiles(M, N, x.element_size(), fold, descriptors_serve(x, weight, gpu), gpu.multiprocessors)
+        for fold in (False, True)
+    )
     for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
         forward_linear(x, weight, bias, Norm("none"), relu, plain, precision, True)
         forward_linear(x, weight, None, norm_of("running", N), relu, folded, precision, False)
 
 
-def launch_small(M: int, N: int, K: int, dtype: torch.dtype, multiprocessors: int) -> None:
+def launch_epilogue(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> None:
+    relu, _ = activations()
+    x, weight, bias = torch.empty((M, K), dtype=dtype), torch.empty((N, K), dtype=dtype), torch.empty(N, dtype=dtype)
+    descriptors = descriptors_serve(x, weight, gpu)
+    shape = tiles.linear_statistics_tiles(M, N, x.element_size(), descriptors, gpu.multiprocessors)
+    precision = "tf32" if dtype == torch.float32 else "ieee"
+    forward_linear_statistics(x, weight, bias, norm_of("batch", N), relu, shape, precision)
+
+
+def launch_small(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> None:
     relu, _ = activations()
     x, weight, z, bias = (torch.empty(shape, dtype=dtype) for shape in ((M, K), (N, K), (M, N), N))
     precisions = ("tf32", "ieee") if dtype == torch.float32 else ("ieee",)
@@ -106,10 +127,11 @@ def launch_small(M: int, N: int, K: int, dtype: torch.dtype, multiprocessors: in
             backward_linear(z, x, weight, bias, True, shape, precision)
 
 
-def launch_eval(M: int, N: int, K: int, dtype: torch.dtype, multiprocessors: int) -> None:
+def launch_eval(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> None:
     """BatchNorm folded into the GEMM; in fp32 by TF32, as without it the library's GEMM serves."""
     x, weight = torch.empty((M, K), dtype=dtype), torch.empty((N, K), dtype=dtype)
-    shape = tiles.linear_tiles(M, N, x.element_size(), True, multiprocessors)
+    descriptors = descriptors_serve(x, weight, gpu)
+    shape = tiles.linear_tiles(M, N, x.element_size(), True, descriptors, gpu.multiprocessors)
     precision = "tf32" if dtype == torch.float32 else "ieee"
     forward_linear(x, weight, None, norm_of("running", N), Epilogue("relu"), shape, precision, False)
 
@@ -121,9 +143,9 @@ class SeedOnDevice(Epilogue):
         return self.seed, 0
 
 
-def launch_every_activation(M: int, N: int, dtype: torch.dtype, multiprocessors: int) -> None:
+def launch_every_activation(M: int, N: int, dtype: torch.dtype, gpu: Machine) -> None:
     z = torch.empty((M, N), dtype=dtype)
-    shape = tiles.columns_tiles(M, N, z.element_size(), multiprocessors)
+    shape = tiles.columns_tiles(M, N, z.element_size(), gpu.multiprocessors)
     for name in ACTIVATIONS:
         epilogue = SeedOnDevice(name, p=0.5, seed=torch.zeros((), dtype=torch.int64))
         forward_apply(z, Norm("none"), epilogue, shape)
@@ -134,6 +156,7 @@ CASES = [
     *(("columns", launch_columns, shape) for shape in COLUMNS_SHAPES),
     *(("split", launch_split, shape) for shape in SPLIT_SHAPES),
     *(("linear", launch_linear, shape) for shape in LINEAR_SHAPES),
+    *(("epilogue", launch_epilogue, shape) for shape in EPILOGUE_SHAPES),
     *(("small", launch_small, shape) for shape in SMALL_SHAPES),
 ]
 EVERY_ACTIVATION = ("activations", launch_every_activation, (64, 64))
@@ -142,6 +165,7 @@ REPRESENTATIVE = [
     ("columns streamed", train_by_columns, (10_000, 4096)),
     ("split", train_by_split, (380_000, 512)),
     ("eval", launch_eval, (2048, 2048, 2048)),
+    ("epilogue", launch_epilogue, (80_000, 1024, 128)),
     ("whole batch", launch_small, (512, 104, 784)),
 ]
 
@@ -155,9 +179,10 @@ def cases(capability: int, selection: list[str]) -> list[tuple]:
 
 def main(capability: int, *selection: str) -> None:
     rows, seen = [], set()
+    gpu = dispatch.H100._replace(multiprocessors=MULTIPROCESSORS[capability], copies_tiles=capability >= 90)
     with stand_in_driver(capability) as launches:
         for case, launch, shape, dtype in cases(capability, [*selection]):
-            launch(*shape, dtype, MULTIPROCESSORS[capability])
+            launch(*shape, dtype, gpu)
             for one in launches:
                 if id(one.compiled) not in seen:
                     seen.add(id(one.compiled))

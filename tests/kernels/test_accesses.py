@@ -50,6 +50,18 @@ def test_split_makes_11_accesses_and_rereads_nothing(M):
     assert step.accesses == 11
 
 
+def test_statistics_in_the_epilogue_save_split_one_of_its_reads():
+    """W z | R z, W out, with the backward of either plan."""
+    forward = ["linear_statistics_kernel", "apply_kernel"]
+    step = count_case("epilogue, then columns")
+    assert step.launches == forward + BACKWARD_COLUMNS
+    assert (step.reads, step.writes, step.gemm, step.rereads) == (3, 3, 2, 0)
+    assert step.accesses == 8
+    step = count_case("epilogue, then split")
+    assert step.launches == forward + BACKWARD_SPLIT
+    assert (step.accesses, step.rereads) == (10, 0)
+
+
 def test_without_batch_norm_the_epilogue_writes_z_and_out():
     step = count_case("without BatchNorm")
     assert step.launches == ["linear_forward_kernel", *BACKWARD_COLUMNS]

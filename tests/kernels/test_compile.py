@@ -11,9 +11,12 @@ SCRIPT = Path(__file__).with_name("compile_launches.py")
 KERNELS = {
     "columns_forward_kernel", "split_statistics_kernel", "apply_kernel", "linear_forward_kernel",
     "columns_backward_kernel", "split_sums_kernel", "split_dz_kernel", "count_batch_kernel",
-    "whole_batch_forward_kernel", "linear_backward_kernel",
+    "linear_statistics_kernel", "whole_batch_forward_kernel", "linear_backward_kernel",
 }  # fmt: skip
 
+# mma, wgmma and tcgen05.mma in machine code.
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+SHUFFLES = {80: 96, 90: 24, 100: 24}  # of linear_statistics_kernel
 # Instructions per element: a tenth more than the worst architecture and dtype takes with Triton 3.6 or 3.9.
 INSTRUCTIONS = {
     ("columns_forward_kernel", 1024, 1024): 44,
@@ -53,19 +56,29 @@ def check_accesses_are_as_wide_as_the_rows_allow(rows: list[dict]) -> None:
             assert row["stores"].get("128", 0) >= 4, name_of(row)
 
 
-def check_products_use_tensor_cores_and_wide_copies(rows: list[dict]) -> None:
+def check_products_use_tensor_cores_and_wide_copies(capability: int, rows: list[dict]) -> None:
     for row in rows:
         if row["kernel"] not in PRODUCTS:
             continue
         itemsize = 4 if "float32" in row["dtype"] else 2
         if row["dtype"] == "torch.bfloat16":
             assert row["tensor_core"] > 0, name_of(row)
+        assert row["opcodes"].get(TENSOR_CORE[capability], 0) == row["tensor_core"], name_of(row)
+        if row["opcodes"].get("UTMALDG"):
+            continue  # copies of whole tiles
         if row["shape"][2] * itemsize % 16 == 0 and row["shape"][1] * itemsize % 16 == 0:
             operands = row["async_copies"] or row["loads"]  # fp32's gradients are not pipelined
             wide, narrow = operands.get("128", 0), sum(n for width, n in row["async_copies"].items() if width != "128")
             assert wide >= 6, name_of(row)
             # A thread's part of W is 8 bytes where 512 rows of x leave room for no deeper tile.
             assert 16 * narrow <= wide * (row["shape"][0] == 512), name_of(row)
+
+
+def check_column_sums_cost_few_shuffles(capability: int, rows: list[dict]) -> None:
+    """Three sums of a tile: of the product as it lies, not transposed, they would take 288 a thread of sm_90."""
+    found = [row for row in rows if row["kernel"] == "linear_statistics_kernel"]
+    assert found
+    assert not [name_of(row) for row in found if row["opcodes"].get("SHFL", 0) > SHUFFLES[capability]]
 
 
 def check_dropout_costs_few_instructions(rows: list[dict]) -> None:
@@ -93,6 +106,7 @@ def test_every_launch_compiles_without_spill_and_with_wide_accesses(capability):
     rows = without_interpreter(SCRIPT, str(capability))
     check_registers_and_shared_memory(capability, rows)
     check_accesses_are_as_wide_as_the_rows_allow(rows)
-    check_products_use_tensor_cores_and_wide_copies(rows)
+    check_products_use_tensor_cores_and_wide_copies(capability, rows)
+    check_column_sums_cost_few_shuffles(capability, rows)
     check_dropout_costs_few_instructions(rows)
     check_instructions_per_element(rows)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.blocks import KEY, Block
+from support.blocks import KEY, PLANS, PLANS_OF_LINEAR, Block
 from support.interpreter import shuffled_grid
 
 from fastnn import dispatch, ops
@@ -15,6 +15,7 @@ CASES = {
     "split": Block(600, 3, 70, p=0.5),
     "apply": Block(200, 3, 70, norm="running", p=0.5),
     "epilogue": Block(150, 9, 140, norm="none", bias=True, p=0.5),
+    "epilogue with statistics": Block(600, 8, 140, bias=True, p=0.5),
 }
 
 
@@ -38,12 +39,12 @@ def test_shuffled_grids_give_the_same_bits(case):
 
 
 @pytest.mark.parametrize("momentum", [0.1, None, 0.0, 1.0])
-@pytest.mark.parametrize("plan", ["columns", "split", "whole_batch"])
+@pytest.mark.parametrize("plan", PLANS)
 def test_counter_and_running_statistics_over_batches_in_any_order(plan, momentum):
     """Against torch.nn.BatchNorm1d in float64; momentum None is the average over all batches so far."""
     N = 40
     norm = torch.nn.BatchNorm1d(N, momentum=momentum)
-    weight = torch.eye(N) if plan == "whole_batch" else None
+    weight = torch.eye(N) if plan in PLANS_OF_LINEAR else None
     exact = torch.nn.BatchNorm1d(N, momentum=momentum).double()
     for step in range(4):
         x = torch.randn(30 + step, N) * 3 + 1
@@ -59,7 +60,7 @@ def test_counter_and_running_statistics_over_batches_in_any_order(plan, momentum
             torch.testing.assert_close(getattr(norm, name).double(), getattr(exact, name), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("plan", ["columns", "split", "whole_batch"])
+@pytest.mark.parametrize("plan", PLANS)
 def test_bias_before_batch_statistics_gets_exact_zeros(plan):
     block = Block(64, 7, 33, bias=True, p=0.3)
     inputs = block.draw(torch.Generator().manual_seed(0))

@@ -47,7 +47,7 @@ def test_mask_does_not_depend_on_tiles(tiles):
     assert torch.equal(multiplier_of_forward(70, 101, 0.3, tiles=tiles), multiplier_of_forward(70, 101, 0.3))
 
 
-@pytest.mark.parametrize("plan", ["columns", "split", "epilogue", "apply"])
+@pytest.mark.parametrize("plan", ["columns", "split", "whole_batch", "epilogue", "apply"])
 @pytest.mark.parametrize("norm", ["batch", "running", "none"])
 def test_forward_and_backward_of_every_plan_draw_one_mask(norm, plan):
     """Zeros of out, and of dy behind beta's gradient column by column, are the definition's."""

@@ -2,34 +2,35 @@
 
 import pytest
 import torch
-from support.blocks import Block
+from support.blocks import PLANS, PLANS_OF_LINEAR, Block
 from support.numerics import judge, judge_once
 
 from fastnn import dispatch
 
-PLANS = ("columns", "split")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAN, INF = float("nan"), float("inf")
 M, N = 75, 12
 DRAWS = 16  # of a problem whose shape and plan are judged over 64 draws elsewhere
 
 
-def batch_norm_only(dtype, device, **settings):
-    return Block(M, N, N, dtype, linear=False, device=device, **settings)
+def batch_norm_of(plan, dtype, device, rows=M, **settings):
+    """BatchNorm of x, by way of a Linear that passes x through where the plan has the product in it."""
+    linear = plan in PLANS_OF_LINEAR
+    return Block(rows, N, N, dtype, linear=linear, passes=linear, device=device, **settings)
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("mean", [100.0, 1e4])
 def test_large_mean_small_spread(mean, plan, device):
     """E[x²] - E[x]² has no digit left at 1e4 ± 1 in fp32."""
-    block = batch_norm_only(torch.float32, device, mean=mean)
+    block = batch_norm_of(plan, torch.float32, device, mean=mean)
     with dispatch.forced_plan(plan):
         judge(block.ours, block.eager, block.draw, block.axes, draws=DRAWS)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", ["columns", "split", "epilogue"])
 def test_large_mean_over_streamed_tiles(plan, device):
-    block = Block(1100, 8, 8, linear=False, mean=1e4, device=device)
+    block = batch_norm_of(plan, torch.float32, device, rows=1100, mean=1e4)
     with dispatch.forced_plan(plan):
         judge_once(block.ours, block.eager, block.draw(torch.Generator().manual_seed(0)), block.axes)
 
@@ -38,7 +39,7 @@ def test_large_mean_over_streamed_tiles(plan, device):
 @pytest.mark.parametrize("plan", PLANS)
 def test_constant_columns(plan, dtype, device):
     """Variance 0: (z - mean) is 0 or one rounding of the mean, times 1/sqrt(eps): an absolute floor."""
-    block = batch_norm_only(dtype, device, activation="identity")
+    block = batch_norm_of(plan, dtype, device, activation="identity")
     inputs = block.draw(torch.Generator().manual_seed(0))
     inputs["x"][:, ::2] = inputs["x"][0, ::2]
     rounding = torch.finfo(torch.float32).eps * inputs["x"].abs().max().item() / 1e-5**0.5
@@ -52,7 +53,7 @@ def test_constant_columns(plan, dtype, device):
 @pytest.mark.parametrize("spread", [1e-12, 1e-4, 1e15])
 def test_magnitudes(spread, plan, device):
     """Spreads whose variance is far below eps, near it, and close to the end of fp32."""
-    block = batch_norm_only(torch.float32, device, spread=spread)
+    block = batch_norm_of(plan, torch.float32, device, spread=spread)
     with dispatch.forced_plan(plan):
         judge_once(block.ours, block.eager, block.draw(torch.Generator().manual_seed(0)), block.axes)
 
@@ -66,7 +67,7 @@ def test_magnitudes(spread, plan, device):
     ],
 )
 def test_nan_and_inf_stay_in_their_columns(place, value, plan, device):
-    block = batch_norm_only(torch.float32, device, p=0.5)
+    block = batch_norm_of(plan, torch.float32, device, p=0.5)
     inputs = block.draw(torch.Generator().manual_seed(0))
     inputs[place][..., 5] = torch.where(torch.rand_like(inputs[place][..., 5]) < 0.3, value, inputs[place][..., 5])
     inputs[place].view(-1)[5] = value

@@ -12,6 +12,8 @@ from fastnn.reference import BatchNorm
 from support.numerics import Tensors
 from support.philox import multiplier
 
+PLANS = ("columns", "split", "whole_batch", "epilogue")  # of Linear and training-mode BatchNorm
+PLANS_OF_LINEAR = ("whole_batch", "epilogue")  # those with the product in them
 KEY = 0x0123_4567_89AB_CDEF
 LEAVES = ("x", "weight", "bias", "gamma", "beta")
 BUFFERS = ("running_mean", "running_var")
@@ -24,7 +26,10 @@ AXES |= {"d" + name: AXES[name] for name in LEAVES}
 
 @dataclass(frozen=True)
 class Block:
-    """A run of M rows, K features in and N out; without `linear`, K is N. norm: "batch", "running" or "none"."""
+    """A run of M rows, K features in and N out; without `linear`, K is N. norm: "batch", "running" or "none".
+
+    With `passes` the Linear's weight is the identity (K = N), so that z is x to the bit.
+    """
 
     M: int
     K: int
@@ -32,6 +37,7 @@ class Block:
     dtype: torch.dtype = torch.float32
     norm: str = "batch"
     linear: bool = True
+    passes: bool = False
     bias: bool = False
     affine: bool = True
     activation: str = "relu"
@@ -64,7 +70,8 @@ class Block:
 
         drawn = {"x": self.mean + self.spread * normal(self.M, self.K), "g": normal(self.M, self.N)}
         if self.linear:
-            drawn["weight"] = normal(self.N, self.K) / self.K**0.5
+            weight = normal(self.N, self.K) / self.K**0.5
+            drawn["weight"] = torch.eye(self.N, dtype=torch.float64) if self.passes else weight
         if self.bias:
             drawn["bias"] = normal(self.N)
         if self.norm != "none":

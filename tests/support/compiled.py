@@ -14,7 +14,9 @@ from support.processes import without_interpreter
 KERNELS = Path(__file__).parent.parent / "kernels"
 SCRIPTS = (KERNELS / "compile_launches.py", KERNELS / "compile_steps.py")
 CAPABILITIES = (80, 90, 100)
-PRODUCTS = ("linear_forward_kernel", "whole_batch_forward_kernel", "linear_backward_kernel")
+PRODUCTS = (
+    "linear_forward_kernel", "linear_statistics_kernel", "whole_batch_forward_kernel", "linear_backward_kernel",
+)  # fmt: skip
 PROCESSES = 2  # at a time: a compiler takes a core
 
 
