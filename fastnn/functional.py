@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import dispatch, ops, reference
+from . import dispatch, ops, reference, seeds
 from .activations import ACTIVATIONS
 from .reference import BatchNorm
 
@@ -54,7 +54,7 @@ def linear_batch_norm_act_dropout(
     if weight is not None:
         input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    seed = ops.dropout_seed(input.device) if p > 0 else None
+    seed = seeds.dropout_seed(input.device) if p > 0 else None
     out = ops.block(rows, weight, bias, batch_norm, seed, activation, *activation_args, p)
     return out if input.dim() == 2 else out.reshape(*input.shape[:-1], out.shape[-1])
 

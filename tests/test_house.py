@@ -17,9 +17,10 @@ LAYERS = {
     "activations": set(),
     "kernels": set(),
     "reference": {"activations"},
+    "seeds": set(),
     "dispatch": {"kernels"},
     "ops": {"dispatch", "reference", "kernels"},
-    "functional": {"ops", "dispatch", "reference", "activations"},
+    "functional": {"ops", "seeds", "dispatch", "reference", "activations"},
     "runs": {"functional", "activations", "reference"},
     "memory": set(),
     "nn": {"runs", "functional", "dispatch", "kernels", "memory"},  # the last three for nn.utils

@@ -6,7 +6,7 @@ import torch._dynamo.testing
 from support.blocks import KEY, Block
 
 import fastnn
-from fastnn import dispatch, ops
+from fastnn import dispatch, seeds
 
 pytestmark = [
     pytest.mark.real_empty,
@@ -161,14 +161,14 @@ def test_cuda_seeds_come_from_the_generators_seed_and_offset_without_a_launch(mo
     monkeypatch.setattr(torch.cuda, "default_generators", [generator])
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     device = torch.device("cuda", 0)
-    seeds = [ops.dropout_seed(device) for _ in range(100)]
-    assert all(seed.is_cpu and seed.dtype == torch.int64 and seed.dim() == 0 and seed >= 0 for seed in seeds)
-    assert len({seed.item() for seed in seeds}) == 100
+    found = [seeds.dropout_seed(device) for _ in range(100)]
+    assert all(seed.is_cpu and seed.dtype == torch.int64 and seed.dim() == 0 and seed >= 0 for seed in found)
+    assert len({seed.item() for seed in found}) == 100
     assert generator.offset == 400  # torch's offsets are multiples of 4
     generator.offset = 0
-    assert ops.dropout_seed(device).item() == seeds[0].item()
+    assert seeds.dropout_seed(device).item() == found[0].item()
     generator.seed, generator.offset = 124, 0
-    assert ops.dropout_seed(device).item() not in {seed.item() for seed in seeds}
+    assert seeds.dropout_seed(device).item() not in {seed.item() for seed in found}
 
 
 def test_on_a_side_stream_seeds_are_drawn_on_the_device(monkeypatch):
@@ -178,7 +178,7 @@ def test_on_a_side_stream_seeds_are_drawn_on_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "default_generators", [generator])
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7 if index == 1 else 0, raising=False)
     monkeypatch.setattr(torch, "randint", lambda *args, device, **kwargs: drawn.append(device))
-    ops.dropout_seed(torch.device("cuda", 1))
+    seeds.dropout_seed(torch.device("cuda", 1))
     assert drawn == [torch.device("cuda", 1)]
     assert generator.offset == 0
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastnn import dispatch, ops
+from fastnn import dispatch, ops, seeds
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 OVERWRITES = ("copy_", "fill_", "zero_")  # in place without reading what was there
@@ -90,5 +90,5 @@ def paths_of_a_gpu() -> Iterator[None]:
 def ops_of_a_gpu() -> Iterator[None]:
     """The same, and a dropout seed comes without an op: from the generator on the host, where a CPU draws it."""
     seed = torch.zeros((), dtype=torch.int64)
-    with paths_of_a_gpu(), patch.object(ops, "dropout_seed", lambda device: seed.clone()):
+    with paths_of_a_gpu(), patch.object(seeds, "dropout_seed", lambda device: seed.clone()):
         yield
