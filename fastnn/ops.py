@@ -17,7 +17,7 @@ _library = torch.library.Library("fastnn", "DEF")
 _library.define(
     "block_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor? gamma, Tensor? beta, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor? seed, "
-    "str norm, float? momentum, float eps, str activation, float a, float b, float p, bool save) "
+    "ScalarType dtype, str norm, float? momentum, float eps, str activation, float a, float b, float p, bool save) "
     "-> (Tensor out, Tensor z, Tensor stats)"
 )
 _library.define(
@@ -31,6 +31,14 @@ _NO_NORM = reference.BatchNorm()
 def _device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, whatever its arguments'."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _are_of(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
+    return all(tensor is None or tensor.dtype == dtype for tensor in tensors)
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    return None if tensor is None else tensor.to(dtype)
 
 
 def _library_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,13 +55,14 @@ def _tiles(plan: str, z: Tensor) -> Any:
 
 
 def _forward_by_plan(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Any, epilogue: Any, save: bool
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype, norm: Any, epilogue: Any, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, z where it is not the input, stats where there are)."""
     if weight is not None:
-        if _is_linear_alone(norm.mode, epilogue.activation, epilogue.p):
+        alone = _is_linear_alone(norm.mode, epilogue.activation, epilogue.p)
+        if alone and _are_of(dtype, input, weight, bias):
             return _library_linear(input, weight, bias), None, None
-        found = _one_launch(input, weight, bias, norm, epilogue, save)
+        found = _one_launch(input, weight, bias, dtype, norm, epilogue, save and not alone)
         if found is not None:
             return found
     z = input.contiguous() if weight is None else _library_linear(input, weight, bias)
@@ -70,36 +79,40 @@ def _is_linear_alone(norm: str, activation: str, p: float) -> bool:
 
 
 def _one_launch(
-    input: Tensor, weight: Tensor, bias: Tensor | None, norm: Any, epilogue: Any, save: bool
+    input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, norm: Any, epilogue: Any, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
     """The same with the Linear's product in it; None where the library's and a pass over z are the better plan."""
     (M, K), N = input.shape, weight.shape[0]
-    precision = dispatch.fp32_precision() if input.dtype == torch.float32 else "ieee"
-    if norm.mode == "batch":
-        if dispatch.batch_norm_plan(M, N, K, input.dtype, input.device) != "whole_batch":
-            return None
+    precision = dispatch.fp32_precision() if dtype == torch.float32 else "ieee"
+    plan = dispatch.forward_plan(M, N, K, dtype, input.device, norm.mode, save)
+    if plan == "whole_batch":
         shape = tiles.whole_batch_tiles(M, K, input.element_size())
         return launch.forward_whole_batch(
-            input.contiguous(), weight.contiguous(), bias, norm, epilogue, shape, precision, save
+            input.contiguous(), weight.contiguous(), bias, norm, epilogue, shape, precision, save, dtype
         )
-    if (norm.mode == "running" and save) or dispatch.linear_plan(M, N, K, input.dtype) != "epilogue":
+    if plan != "epilogue":
         return None
     multiprocessors = dispatch.machine(input.device).multiprocessors
-    shape = tiles.linear_tiles(M, N, input.element_size(), norm.mode == "running", multiprocessors)
+    shape = tiles.linear_tiles(M, N, _widest(input, weight), norm.mode == "running", multiprocessors)
     out, z = launch.forward_linear(
-        input.contiguous(), weight.contiguous(), bias, norm, epilogue, shape, precision, save
+        input.contiguous(), weight.contiguous(), bias, norm, epilogue, shape, precision, save, dtype
     )
     return out, z, None
 
 
+def _widest(*operands: Tensor) -> int:
+    """Bytes of an element: tiles are sized by what shared memory holds, operands as they are stored."""
+    return max(operand.element_size() for operand in operands)
+
+
 def _block_forward(
     input, weight, bias, gamma, beta, running_mean, running_var, num_batches_tracked, seed,
-    norm, momentum, eps, activation, a, b, p, save,
+    dtype, norm, momentum, eps, activation, a, b, p, save,
 ):  # fmt: skip
     batch_norm = launch.Norm(norm, gamma, beta, running_mean, running_var, num_batches_tracked, momentum, eps)
     with _device_guard(input):
         out, z, stats = _forward_by_plan(
-            input, weight, bias, batch_norm, launch.Epilogue(activation, a, b, p, seed), save
+            input, weight, bias, dtype, batch_norm, launch.Epilogue(activation, a, b, p, seed), save
         )
     if norm == "batch":
         buffers = (running_mean, running_var, num_batches_tracked)
@@ -110,14 +123,14 @@ def _block_forward(
 
 def _block_forward_fake(
     input, weight, bias, gamma, beta, running_mean, running_var, num_batches_tracked, seed,
-    norm, momentum, eps, activation, a, b, p, save,
+    dtype, norm, momentum, eps, activation, a, b, p, save,
 ):  # fmt: skip
     M, N = input.shape[0], input.shape[1] if weight is None else weight.shape[0]
     z_shape = (M, N) if save and weight is not None and not _is_linear_alone(norm, activation, p) else (0,)
     stats_shape = (2, N) if save and norm != "none" else (0,)
     return (
-        input.new_empty((M, N)),
-        input.new_empty(z_shape),
+        input.new_empty((M, N), dtype=dtype),
+        input.new_empty(z_shape, dtype=dtype),
         input.new_empty(stats_shape, dtype=torch.float32),
     )
 
@@ -148,10 +161,10 @@ def _linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients by input, weight and, where it is given, bias."""
     (M, N), K = dz.shape, input.shape[1]
-    several = needs_weight and (needs_input or bias is not None)
-    if several and dispatch.linear_backward_plan(M, N, K) == "grouped":
+    saves = needs_input or bias is not None or not _are_of(dz.dtype, input, weight)
+    if needs_weight and saves and dispatch.linear_backward_plan(M, N, K) == "grouped":
         precision = dispatch.fp32_precision() if dz.dtype == torch.float32 else "ieee"
-        shape = tiles.linear_backward_tiles(dz.element_size())
+        shape = tiles.linear_backward_tiles(_widest(input, weight))
         return launch.backward_linear(dz, input.contiguous(), weight.contiguous(), bias, needs_input, shape, precision)
     return (
         torch.mm(dz, weight, out=torch.empty_like(input)) if needs_input else None,
@@ -184,12 +197,12 @@ class Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, gamma, beta, running_mean, running_var, num_batches_tracked, seed, *settings):
-        norm, _, eps, *epilogue = settings
+        dtype, norm, _, eps, *epilogue = settings
         out, z, stats = torch.ops.fastnn.block_forward(
             input, weight, bias, gamma, beta, running_mean, running_var, num_batches_tracked, seed, *settings, True
         )
         ctx.save_for_backward(input, weight, bias, gamma, beta, z, stats, seed)
-        ctx.norm, ctx.eps, ctx.epilogue = norm, eps, epilogue
+        ctx.dtype, ctx.norm, ctx.eps, ctx.epilogue = dtype, norm, eps, epilogue
         return out
 
     @staticmethod
@@ -220,6 +233,7 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         running_var = stats[1].reciprocal().square() - ctx.eps
         batch_norm = reference.BatchNorm(stats[0], running_var, gamma, beta, training=False, eps=ctx.eps)
     activation, a, b, p = ctx.epilogue
+    input, weight, bias = (_cast(t, ctx.dtype) for t in (input, weight, bias))
     out = reference.block(input, weight, bias, batch_norm, activation, a, b, p, seed)
     wanted = [i for i in range(5) if ctx.needs_input_grad[i]]
     found = torch.autograd.grad(out, [parameters[i] for i in wanted], grad, create_graph=True)
@@ -227,6 +241,20 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     for i, gradient in zip(wanted, found, strict=True):
         grads[i] = torch.zeros_like(gradient) if i == 2 and ctx.norm == "batch" else gradient
     return grads
+
+
+def _operands(
+    input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, norm: str, save: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the op takes of a Linear: cast to dtype, or as it is where kernels round it.
+
+    The launch of all gradients makes the weight's: without it, the library's product is the better one.
+    """
+    N, K = weight.shape
+    if weight.requires_grad or not save:
+        if dispatch.rounds_operands(input.shape[0], N, K, dtype, input.device, norm, save):
+            return input, weight, bias
+    return input.to(dtype), weight.to(dtype), _cast(bias, dtype)
 
 
 def block(
@@ -239,17 +267,28 @@ def block(
     a: float,
     b: float,
     p: float,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The fused block on a 2-D input, through autograd only where a gradient may be asked for."""
+    """The fused block on a 2-D input, through autograd only where a gradient may be asked for.
+
+    dtype: of the computation and the output; None is the input's.
+    """
+    dtype = dtype or input.dtype
     if norm is None:
         norm = _NO_NORM
         mode = "none"
     else:
         mode = "batch" if norm.training else "running"
+    save = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (input, weight, bias, norm.weight, norm.bias)
+    )
+    if weight is not None and not _are_of(dtype, input, weight, bias):
+        input, weight, bias = _operands(input, weight, bias, dtype, mode, save)
     arguments = (
         input, weight, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var,
-        norm.num_batches_tracked if norm.training else None, seed, mode, norm.momentum, norm.eps, activation, a, b, p,
+        norm.num_batches_tracked if norm.training else None, seed, dtype, mode, norm.momentum, norm.eps,
+        activation, a, b, p,
     )  # fmt: skip
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:5]):
+    if save:
         return Block.apply(*arguments)
     return torch.ops.fastnn.block_forward(*arguments, False)[0]

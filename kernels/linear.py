@@ -4,7 +4,8 @@
     y   = (z - running_mean) · gamma / sqrt(running_var + eps) + beta      (eval BatchNorm only)
     out = activation(y) · multiplier
 
-x (M, K), W (N, K), z and out (M, N). Where a backward follows, z is stored too and out is computed from z as
+x (M, K), W (N, K), z and out (M, N). x, W and bias of another dtype than out are rounded to it as they are read: what
+autocast would launch a cast each for. Where a backward follows, z is stored too and out is computed from z as
 stored, so that the backward recomputes the very same gate.
 
 Accesses of (M, N) in device memory: W out; W z, W out where z is kept.
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .batch_norm import NORM_RUNNING, RUNTIME_ARGUMENTS, reciprocal_sqrt
-from .casts import dot_operand, to_stored
+from .casts import dot_operand, rounded, to_stored
 from .dropout import dropout_multiplier, load_key
 from .tiles import aligned, load_columns
 
@@ -33,9 +34,9 @@ def grouped_tile(program, row_tiles, col_tiles):
 @triton.jit
 def product_tile(
     x_ptr, weight_ptr, row, col, M, N, K,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLS) tile of x Wᵀ at (row, col), accumulated in fp32."""
+    """(ROWS, COLS) tile of x Wᵀ at (row, col), of x and W rounded to DTYPE, accumulated in fp32."""
     depth = tl.arange(0, DEPTH)
     x_rows = row + tl.arange(0, ROWS)
     w_rows = col + tl.arange(0, COLS)
@@ -45,8 +46,8 @@ def product_tile(
     total = tl.zeros((ROWS, COLS), tl.float32)
     for k in range(0, K, DEPTH):
         exists = depth < K - k
-        x = dot_operand(tl.load(x_ptrs, mask=exists[None, :], other=0.0))
-        w = dot_operand(tl.load(w_ptrs, mask=exists[:, None], other=0.0))
+        x = dot_operand(tl.load(x_ptrs, mask=exists[None, :], other=0.0), DTYPE)
+        w = dot_operand(tl.load(w_ptrs, mask=exists[:, None], other=0.0), DTYPE)
         total = tl.dot(x, w, total, input_precision=PRECISION)
         x_ptrs += DEPTH
         w_ptrs += DEPTH
@@ -69,9 +70,10 @@ def linear_forward_kernel(
     N, K = aligned(N, VEC), aligned(K, VEC_K)
     row_tile, col_tile = grouped_tile(tl.program_id(0), tl.cdiv(M, ROWS), tl.cdiv(N, COLS))
     row, col = row_tile * ROWS, col_tile * COLS
-    y = product_tile(x_ptr, weight_ptr, row, col, M, N, K, PRECISION, ROWS, COLS, DEPTH)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    y = product_tile(x_ptr, weight_ptr, row, col, M, N, K, dtype, PRECISION, ROWS, COLS, DEPTH)
     cols = col + tl.arange(0, COLS)
-    bias = load_columns(bias_ptr, cols, N, 0.0)
+    bias = rounded(load_columns(bias_ptr, cols, N, 0.0), dtype)
     if NORM == NORM_RUNNING:
         # Subtracted before scaling: scale · mean folded into the shift would cancel at a large mean.
         bias -= load_columns(running_mean_ptr, cols, N, 0.0)
@@ -80,7 +82,7 @@ def linear_forward_kernel(
     offsets = rows.to(tl.int64)[:, None] * N + cols[None, :]
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     if z_ptr is not None:
-        z = to_stored(y, z_ptr.dtype.element_ty)
+        z = to_stored(y, dtype)
         tl.store(z_ptr + offsets, z, mask=mask)
         y = z.to(tl.float32)
     if NORM == NORM_RUNNING:
@@ -90,4 +92,4 @@ def linear_forward_kernel(
     value = ACTIVATION(y, act_a, act_b)
     if DROPOUT:
         value = value * dropout_multiplier(load_key(seed_ptr, seed), row, col, threshold, keep_scale, ROWS, COLS)
-    tl.store(out_ptr + offsets, to_stored(value, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offsets, to_stored(value, dtype), mask=mask)

@@ -15,13 +15,14 @@ pytestmark = [
 ]
 
 
-def forward_arguments(norm="batch", linear=True, save=True, dtype=torch.float32):
+def forward_arguments(norm="batch", linear=True, save=True, dtype=torch.float32, computed=None):
     block = Block(12, 5 if linear else 9, 9, dtype, norm, linear=linear, bias=linear, p=0.5)
     t = block.draw(torch.Generator().manual_seed(0))
     counter = torch.zeros((), dtype=torch.int64) if norm == "batch" else None
     return (
         t["x"], t.get("weight"), t.get("bias"), t.get("gamma"), t.get("beta"), t.get("running_mean"),
-        t.get("running_var"), counter, torch.tensor(KEY), norm, 0.1, 1e-5, "relu", 0.0, 0.0, 0.5, save,
+        t.get("running_var"), counter, torch.tensor(KEY), computed or dtype, norm, 0.1, 1e-5,
+        "relu", 0.0, 0.0, 0.5, save,
     )  # fmt: skip
 
 
@@ -31,6 +32,17 @@ def forward_arguments(norm="batch", linear=True, save=True, dtype=torch.float32)
 def test_forward_op_passes_opcheck(norm, linear, save):
     arguments = forward_arguments(norm, linear, save)
     torch.library.opcheck(torch.ops.fastnn.block_forward.default, arguments)
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_ops_that_round_their_operands_pass_opcheck(norm):
+    x, weight, bias, gamma, beta, _, _, _, seed, *_ = arguments = forward_arguments(norm, computed=torch.bfloat16)
+    torch.library.opcheck(torch.ops.fastnn.block_forward.default, arguments)
+    out, z, stats = torch.ops.fastnn.block_forward(*arguments)
+    assert out.dtype == z.dtype == torch.bfloat16
+    given = (torch.randn_like(out), x, weight, bias, gamma, beta, z, stats, seed, norm, "relu", 0.0, 0.0, 0.5)
+    for needs in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(torch.ops.fastnn.block_backward.default, (*given, needs))
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False), (True, False, True)])
