@@ -214,7 +214,8 @@ def rounds_operands(M: int, N: int, K: int, dtype: torch.dtype, device: torch.de
     """
     if torch.compiler.is_compiling() or linear_backward_plan(M, N, K) != "grouped":
         return False
-    return forward_plan(M, N, K, dtype, device, norm, save) in ("whole_batch", "epilogue")
+    one_launch = "whole_batch" if norm == "batch" else "epilogue"
+    return forward_plan(M, N, K, dtype, device, norm, save) == one_launch
 
 
 def fp32_precision() -> str:
