@@ -65,6 +65,13 @@ def _casts(elements: int, dtype: str) -> list[Kernel]:
     return [Kernel(0, 6 * elements)] if dtype == "bf16" else []
 
 
+def _reads_fp32(M: int, K: int, N: int, dtype: str, implementation: str) -> bool:
+    """Whether nothing is cast under autocast, as ours of small products round operands in registers."""
+    if implementation != "fastnn" or dtype != "bf16":
+        return False
+    return dispatch.rounds_operands(M, N, K, torch.bfloat16, gpu.DEVICE, "batch", True)
+
+
 def block(
     M: int, K: int, N: int, dtype: str, p: float, implementation: str, inner: bool = True
 ) -> dict[str, list[Kernel]]:
@@ -74,6 +81,9 @@ def block(
     """
     itemsize, ours = ITEMSIZE[dtype], implementation == "fastnn"
     product, out = gemm(M, N, K, itemsize), Kernel(0, M * N * itemsize)
+    operands = _casts(N * K, dtype) + _casts(M * K * inner, dtype)
+    if _reads_fp32(M, K, N, dtype, implementation):
+        product, operands = Kernel(product.flops, product.bytes + 2 * (M * K + N * K)), []
     forward, backward = POINTWISE.get(implementation, _compile)(M, N, itemsize, p)
     forward = [product, *forward]
     if ours and dispatch.batch_norm_plan(M, N, K, COMPUTED[dtype], gpu.DEVICE) == "whole_batch":
@@ -81,7 +91,6 @@ def block(
     products = [product] * (1 + inner)
     if ours and inner and dispatch.linear_backward_plan(M, N, K) == "grouped":
         products = [_together(*products)]
-    operands = _casts(N * K, dtype) + _casts(M * K * inner, dtype)
     phases = {"forward": [*operands, *forward], "backward": [*backward, *products, *operands]}
     folded = ours and dispatch.linear_plan(M, N, K, COMPUTED[dtype]) == "epilogue"
     evaluated = [*operands, product] if folded else [*operands, product, *_passes(M, N, itemsize, 2)]
@@ -90,7 +99,8 @@ def block(
 
 def mlp(workload: Workload, M: int, dtype: str, implementation: str) -> list[Kernel]:
     """Kernels of a training step of the whole stack with Adam's; the first layer's input needs no gradient."""
-    kernels = _casts(M * workload.widths[0], dtype)
+    first = _reads_fp32(M, *workload.blocks[0], dtype, implementation)
+    kernels = [] if first else _casts(M * workload.widths[0], dtype)
     for position, (K, N) in enumerate(workload.blocks):
         kernels += block(M, K, N, dtype, workload.p, implementation, inner=position > 0)["training step"]
     if workload.head is not None:

@@ -207,9 +207,29 @@ def linear_plan(M: int, N: int, K: int, dtype: torch.dtype) -> str:
     return _pick("apply", "epilogue")
 
 
+def forward_plan(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, norm: str, save: bool) -> str:
+    """The plan of a Linear and what follows it; norm as in launch.Norm, save: whether a backward follows."""
+    if norm == "batch":
+        return batch_norm_plan(M, N, K, dtype, device)
+    return "apply" if norm == "running" and save else linear_plan(M, N, K, dtype)
+
+
 def linear_backward_plan(M: int, N: int, K: int) -> str:
     """The plan of several gradients of a Linear: "grouped" (ours, in one launch) or "library" (a launch each)."""
     return _pick("grouped", "library") if M * N * K <= GROUPED_PRODUCT else _pick("library", "grouped")
+
+
+def rounds_operands(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, norm: str, save: bool) -> bool:
+    """Whether our kernels read a Linear's operands of other dtypes as they are, for no cast to be launched.
+
+    Where its product is ours each way. A large one is worth its casts: 16-bit operands are copied to tensor cores
+    asynchronously, and are half the bytes of each of its rereads. So is a traced one: Inductor fuses casts, and the
+    answer would be guarded on the batch size.
+    """
+    if torch.compiler.is_compiling() or linear_backward_plan(M, N, K) != "grouped":
+        return False
+    one_launch = "whole_batch" if norm == "batch" else "epilogue"
+    return forward_plan(M, N, K, dtype, device, norm, save) == one_launch
 
 
 def fp32_precision() -> str:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import dispatch, ops, reference
+from . import dispatch, ops, reference, seeds
 from .activations import ACTIVATIONS
 from .reference import BatchNorm
 
@@ -51,23 +51,21 @@ def linear_batch_norm_act_dropout(
     path = dispatch.path(input, dtype, *_features_and_tensors(input, weight, bias, batch_norm))
     if path.eager or (activation == "softplus" and _autocast_is_on(input)):  # autocast runs it in fp32 on CUDA
         return reference.block(input, weight, bias, batch_norm, activation, *activation_args, p)
-    if weight is not None:
-        input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    seed = ops.dropout_seed(input.device) if p > 0 else None
-    out = ops.block(rows, weight, bias, batch_norm, seed, activation, *activation_args, p)
+    seed = seeds.dropout_seed(input.device) if p > 0 else None
+    out = ops.block(rows, weight, bias, batch_norm, seed, activation, *activation_args, p, dtype)
     return out if input.dim() == 2 else out.reshape(*input.shape[:-1], out.shape[-1])
 
 
-def is_linear_grouped(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether our backward of a Linear alone saves launches; its forward is the library's, as torch's is."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.shape[1] != input.shape[-1]:
+def is_linear_served(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a small Linear alone takes fewer launches here: for its gradients together, or for autocast's casts."""
+    if torch.compiler.is_compiling() or weight.shape[1] != input.shape[-1]:
         return False
+    M, (N, K), dtype = input.numel() // max(input.shape[-1], 1), weight.shape, _computation_dtype(input, weight)
     others = input.requires_grad or (bias is not None and bias.requires_grad)
-    M, (N, K) = input.numel() // max(input.shape[-1], 1), weight.shape
-    if not (weight.requires_grad and others) or dispatch.linear_backward_plan(M, N, K) != "grouped":
+    several = torch.is_grad_enabled() and weight.requires_grad and others
+    if not (several or weight.dtype != dtype) or dispatch.linear_backward_plan(M, N, K) != "grouped":
         return False
-    dtype = _computation_dtype(input, weight)
     return not dispatch.path(input, dtype, *_features_and_tensors(input, weight, bias, None)).eager
 
 

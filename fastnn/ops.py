@@ -1,11 +1,10 @@
-"""The fused block as two registered ops, the autograd.Function over them, and where a dropout seed comes from.
+"""The fused block as two registered ops, and the autograd.Function over them.
 
 Registered with Library.define/impl: a call costs 3 µs of host time where torch.library.custom_op costs 9 to 18.
 The ops are reached only where dispatch.path found that the kernels serve.
 """
 
 import contextlib
-import threading
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ _library = torch.library.Library("fastnn", "DEF")
 _library.define(
     "block_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor? gamma, Tensor? beta, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor? seed, "
-    "str norm, float? momentum, float eps, str activation, float a, float b, float p, bool save) "
+    "ScalarType dtype, str norm, float? momentum, float eps, str activation, float a, float b, float p, bool save) "
     "-> (Tensor out, Tensor z, Tensor stats)"
 )
 _library.define(
@@ -26,47 +25,20 @@ _library.define(
     "Tensor z, Tensor stats, Tensor? seed, str norm, str activation, float a, float b, float p, "
     "bool[3] needs_linear) -> (Tensor dinput, Tensor dweight, Tensor dbias, Tensor dgamma, Tensor dbeta)"
 )
-
-_SEED_DOMAIN = 0x6661_7374_6E6E  # "fastnn": keeps our Philox keys apart from torch's own use of (seed, offset)
-_WORD64 = (1 << 64) - 1
-_generator_lock = threading.Lock()
 _NO_NORM = reference.BatchNorm()
-
-
-def _mix(value: int) -> int:
-    """The finaliser of splitmix64 (Steele, Lea & Flood 2014): a bijection of 64-bit words without visible pattern."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _WORD64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _WORD64
-    return value ^ (value >> 31)
-
-
-def dropout_seed(device: torch.device) -> Tensor:
-    """A fresh () int64 seed of one dropout mask, governed by torch.manual_seed.
-
-    In plain eager mode on CUDA it is a hash of the generator's seed and offset, taken on the host without a
-    launch, as a CPU tensor. Under tracing it is torch.randint on the device, the one draw that torch.compile never
-    merges with another layer's; under graph capture too, so that each replay draws anew. On any stream but the
-    default one as well: a kernel with a seed on the device is another one, which the usual warm-up on a side stream
-    then loads, as a capture should not.
-    """
-    if device.type != "cuda" or torch.compiler.is_compiling() or _on_side_stream(device):
-        return torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64, device=device)
-    generator = torch.cuda.default_generators[device.index]
-    with _generator_lock:
-        offset = generator.get_offset()
-        generator.set_offset(offset + 4)
-    key = _mix(_mix(generator.initial_seed() ^ _SEED_DOMAIN) + offset & _WORD64)
-    return torch.tensor(key >> 1, dtype=torch.int64, device="cpu")
-
-
-def _on_side_stream(device: torch.device) -> bool:
-    """Whether the current stream is not the default one, which cannot be captured; 0.1 µs."""
-    return torch._C._cuda_getCurrentRawStream(device.index) != 0
 
 
 def _device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, whatever its arguments'."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _are_of(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
+    return all(tensor is None or tensor.dtype == dtype for tensor in tensors)
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    return None if tensor is None else tensor.to(dtype)
 
 
 def _library_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,13 +55,14 @@ def _tiles(plan: str, z: Tensor) -> Any:
 
 
 def _forward_by_plan(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Any, epilogue: Any, save: bool
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype, norm: Any, epilogue: Any, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, z where it is not the input, stats where there are)."""
     if weight is not None:
-        if _is_linear_alone(norm.mode, epilogue.activation, epilogue.p):
+        alone = _is_linear_alone(norm.mode, epilogue.activation, epilogue.p)
+        if alone and _are_of(dtype, input, weight, bias):
             return _library_linear(input, weight, bias), None, None
-        found = _our_product(input, weight, bias, norm, epilogue, save)
+        found = _our_product(input, weight, bias, dtype, norm, epilogue, save and not alone)
         if found is not None:
             return found
     z = input.contiguous() if weight is None else _library_linear(input, weight, bias)
@@ -106,38 +79,41 @@ def _is_linear_alone(norm: str, activation: str, p: float) -> bool:
 
 
 def _our_product(
-    input: Tensor, weight: Tensor, bias: Tensor | None, norm: Any, epilogue: Any, save: bool
+    input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, norm: Any, epilogue: Any, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
     """The same with the Linear's product in our kernel; None where the library's, then a pass over z, is the plan."""
     (M, K), N = input.shape, weight.shape[0]
-    plan = dispatch.linear_plan(M, N, K, input.dtype)
-    if norm.mode == "batch":
-        plan = dispatch.batch_norm_plan(M, N, K, input.dtype, input.device)
-    if plan not in ("whole_batch", "epilogue") or (norm.mode == "running" and save):
+    plan = dispatch.forward_plan(M, N, K, dtype, input.device, norm.mode, save)
+    if plan not in ("whole_batch", "epilogue"):
         return None
     x, weight = input.contiguous(), weight.contiguous()
-    precision = dispatch.fp32_precision() if x.dtype == torch.float32 else "ieee"
-    itemsize, multiprocessors = x.element_size(), dispatch.machine(x.device).multiprocessors
+    precision = dispatch.fp32_precision() if dtype == torch.float32 else "ieee"
     if plan == "whole_batch":
-        shape = tiles.whole_batch_tiles(M, K, itemsize)
-        return launch.forward_whole_batch(x, weight, bias, norm, epilogue, shape, precision, save)
-    descriptors = dispatch.copies_tiles(x, weight)
+        shape = tiles.whole_batch_tiles(M, K, x.element_size())
+        return launch.forward_whole_batch(x, weight, bias, norm, epilogue, shape, precision, save, dtype)
+    itemsize, multiprocessors = _widest(x, weight), dispatch.machine(x.device).multiprocessors
+    descriptors = _are_of(dtype, x, weight) and dispatch.copies_tiles(x, weight)
     if norm.mode == "batch":
         strips = tiles.linear_statistics_tiles(M, N, itemsize, descriptors, multiprocessors)
         return launch.forward_linear_statistics(x, weight, bias, norm, epilogue, strips, precision)
     shape = tiles.linear_tiles(M, N, itemsize, norm.mode == "running", descriptors, multiprocessors)
-    out, z = launch.forward_linear(x, weight, bias, norm, epilogue, shape, precision, save)
+    out, z = launch.forward_linear(x, weight, bias, norm, epilogue, shape, precision, save, dtype)
     return out, z, None
+
+
+def _widest(*operands: Tensor) -> int:
+    """Bytes of an element: tiles are sized by what shared memory holds, operands as they are stored."""
+    return max(operand.element_size() for operand in operands)
 
 
 def _block_forward(
     input, weight, bias, gamma, beta, running_mean, running_var, num_batches_tracked, seed,
-    norm, momentum, eps, activation, a, b, p, save,
+    dtype, norm, momentum, eps, activation, a, b, p, save,
 ):  # fmt: skip
     batch_norm = launch.Norm(norm, gamma, beta, running_mean, running_var, num_batches_tracked, momentum, eps)
     with _device_guard(input):
         out, z, stats = _forward_by_plan(
-            input, weight, bias, batch_norm, launch.Epilogue(activation, a, b, p, seed), save
+            input, weight, bias, dtype, batch_norm, launch.Epilogue(activation, a, b, p, seed), save
         )
     if norm == "batch":
         buffers = (running_mean, running_var, num_batches_tracked)
@@ -148,14 +124,14 @@ def _block_forward(
 
 def _block_forward_fake(
     input, weight, bias, gamma, beta, running_mean, running_var, num_batches_tracked, seed,
-    norm, momentum, eps, activation, a, b, p, save,
+    dtype, norm, momentum, eps, activation, a, b, p, save,
 ):  # fmt: skip
     M, N = input.shape[0], input.shape[1] if weight is None else weight.shape[0]
     z_shape = (M, N) if save and weight is not None and not _is_linear_alone(norm, activation, p) else (0,)
     stats_shape = (2, N) if save and norm != "none" else (0,)
     return (
-        input.new_empty((M, N)),
-        input.new_empty(z_shape),
+        input.new_empty((M, N), dtype=dtype),
+        input.new_empty(z_shape, dtype=dtype),
         input.new_empty(stats_shape, dtype=torch.float32),
     )
 
@@ -186,10 +162,10 @@ def _linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients by input, weight and, where it is given, bias."""
     (M, N), K = dz.shape, input.shape[1]
-    several = needs_weight and (needs_input or bias is not None)
-    if several and dispatch.linear_backward_plan(M, N, K) == "grouped":
+    saves = needs_input or bias is not None or not _are_of(dz.dtype, input, weight)
+    if needs_weight and saves and dispatch.linear_backward_plan(M, N, K) == "grouped":
         precision = dispatch.fp32_precision() if dz.dtype == torch.float32 else "ieee"
-        shape = tiles.linear_backward_tiles(dz.element_size())
+        shape = tiles.linear_backward_tiles(_widest(input, weight))
         return launch.backward_linear(dz, input.contiguous(), weight.contiguous(), bias, needs_input, shape, precision)
     return (
         torch.mm(dz, weight, out=torch.empty_like(input)) if needs_input else None,
@@ -222,12 +198,12 @@ class Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, gamma, beta, running_mean, running_var, num_batches_tracked, seed, *settings):
-        norm, _, eps, *epilogue = settings
+        dtype, norm, _, eps, *epilogue = settings
         out, z, stats = torch.ops.fastnn.block_forward(
             input, weight, bias, gamma, beta, running_mean, running_var, num_batches_tracked, seed, *settings, True
         )
         ctx.save_for_backward(input, weight, bias, gamma, beta, z, stats, seed)
-        ctx.norm, ctx.eps, ctx.epilogue = norm, eps, epilogue
+        ctx.dtype, ctx.norm, ctx.eps, ctx.epilogue = dtype, norm, eps, epilogue
         return out
 
     @staticmethod
@@ -258,6 +234,7 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         running_var = stats[1].reciprocal().square() - ctx.eps
         batch_norm = reference.BatchNorm(stats[0], running_var, gamma, beta, training=False, eps=ctx.eps)
     activation, a, b, p = ctx.epilogue
+    input, weight, bias = (_cast(t, ctx.dtype) for t in (input, weight, bias))
     out = reference.block(input, weight, bias, batch_norm, activation, a, b, p, seed)
     wanted = [i for i in range(5) if ctx.needs_input_grad[i]]
     found = torch.autograd.grad(out, [parameters[i] for i in wanted], grad, create_graph=True)
@@ -265,6 +242,20 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     for i, gradient in zip(wanted, found, strict=True):
         grads[i] = torch.zeros_like(gradient) if i == 2 and ctx.norm == "batch" else gradient
     return grads
+
+
+def _operands(
+    input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, norm: str, save: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the op takes of a Linear: cast to dtype, or as it is where kernels round it.
+
+    The launch of all gradients makes the weight's: without it, the library's product is the better one.
+    """
+    N, K = weight.shape
+    if weight.requires_grad or not save:
+        if dispatch.rounds_operands(input.shape[0], N, K, dtype, input.device, norm, save):
+            return input, weight, bias
+    return input.to(dtype), weight.to(dtype), _cast(bias, dtype)
 
 
 def block(
@@ -277,17 +268,28 @@ def block(
     a: float,
     b: float,
     p: float,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The fused block on a 2-D input, through autograd only where a gradient may be asked for."""
+    """The fused block on a 2-D input, through autograd only where a gradient may be asked for.
+
+    dtype: of the computation and the output; None is the input's.
+    """
+    dtype = dtype or input.dtype
     if norm is None:
         norm = _NO_NORM
         mode = "none"
     else:
         mode = "batch" if norm.training else "running"
+    save = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (input, weight, bias, norm.weight, norm.bias)
+    )
+    if weight is not None and not _are_of(dtype, input, weight, bias):
+        input, weight, bias = _operands(input, weight, bias, dtype, mode, save)
     arguments = (
         input, weight, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var,
-        norm.num_batches_tracked if norm.training else None, seed, mode, norm.momentum, norm.eps, activation, a, b, p,
+        norm.num_batches_tracked if norm.training else None, seed, dtype, mode, norm.momentum, norm.eps,
+        activation, a, b, p,
     )  # fmt: skip
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:5]):
+    if save:
         return Block.apply(*arguments)
     return torch.ops.fastnn.block_forward(*arguments, False)[0]

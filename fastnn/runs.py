@@ -1,6 +1,6 @@
 """The grammar of a fusible run of layers: [Linear] [BatchNorm1d] [activation] [Dropout], in this order.
 
-Two or more of them, or a Linear alone where its gradients are one launch.
+Two or more of them, or a Linear alone where its gradients are one launch, or its operands need no casts.
 """
 
 from collections.abc import Iterable
@@ -100,7 +100,7 @@ def fits(run: Run, input: object) -> bool:
         return False
     if len(run) == 1:
         linear: Any = run[0]
-        return functional.is_linear_grouped(input, linear.weight, linear.bias)
+        return functional.is_linear_served(input, linear.weight, linear.bias)
     if _PLACES[type(run[0])] == ACTIVATION:
         return input.is_contiguous()  # torch's elementwise layers keep the strides, ours write rows
     return input.dim() == 2 or not any(type(layer) is nn.BatchNorm1d for layer in run)

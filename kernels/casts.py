@@ -34,8 +34,19 @@ def stochastically_rounded(x, draws):
 
 
 @triton.jit
-def dot_operand(x):
-    """x as tl.dot takes it: the interpreter's dot reads bf16 operands as garbage, so there they go as fp32."""
+def rounded(x, dtype: tl.constexpr):
+    """x (fp32) with the values dtype has, as fp32."""
+    return to_stored(x, dtype).to(tl.float32)
+
+
+@triton.jit
+def dot_operand(x, dtype: tl.constexpr):
+    """x, rounded to dtype where it is of another, as tl.dot takes it: a cast by autocast without a launch.
+
+    The interpreter's dot reads bf16 operands as garbage, so there they go as fp32.
+    """
+    if x.dtype != dtype:
+        x = to_stored(x.to(tl.float32), dtype)
     if INTERPRETED and x.dtype == tl.bfloat16:
         x = x.to(tl.float32)
     return x

@@ -83,11 +83,11 @@ def _tile_options(z: torch.Tensor, tiles: Tiles) -> dict:
     }
 
 
-def _linear_options(x: torch.Tensor, N: int, tiles: LinearTiles, precision: str) -> dict:
+def _linear_options(out: torch.Tensor, K: int, tiles: LinearTiles, precision: str) -> dict:
     return {
         "PRECISION": precision,
-        "VEC": access_width(N, x.element_size()),
-        "VEC_K": access_width(x.shape[1], x.element_size()),
+        "VEC": access_width(out.shape[1], out.element_size()),
+        "VEC_K": access_width(K, out.element_size()),
         "ROWS": tiles.rows,
         "COLS": tiles.cols,
         "DEPTH": tiles.depth,
@@ -163,17 +163,20 @@ def forward_apply(
 
 def forward_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm, epilogue: Epilogue,
-    tiles: LinearTiles, precision: str, keep_z: bool,
+    tiles: LinearTiles, precision: str, keep_z: bool, dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """(out, z or None) in one launch; norm.mode is "running" or "none", precision "ieee" or "tf32" (fp32 only)."""
+    """(out, z or None) in one launch; norm.mode is "running" or "none", precision "ieee" or "tf32" (fp32 only).
+
+    dtype: of out and z, and what x, weight and bias are rounded to; None is x's.
+    """
     (M, K), N = x.shape, weight.shape[0]
-    out = x.new_empty((M, N))
+    out = x.new_empty((M, N), dtype=dtype)
     z = torch.empty_like(out) if keep_z else None
     linear.linear_forward_kernel[(triton.cdiv(M, tiles.rows) * triton.cdiv(N, tiles.cols),)](
         *_operands(x, weight, tiles), bias, z, out, norm.gamma, norm.beta, norm.running_mean, norm.running_var,
         *epilogue.seed_arguments(), M, N, K, norm.eps, *epilogue.scalars(),
         NORM=NORM_MODES[norm.mode], DESCRIPTORS=tiles.descriptors,
-        **_linear_options(x, N, tiles, precision), **epilogue.forward_constants(),
+        **_linear_options(out, K, tiles, precision), **epilogue.forward_constants(),
     )  # fmt: skip
     return out, z
 
@@ -189,8 +192,7 @@ def forward_linear_statistics(
     linear_statistics.linear_statistics_kernel[(tiles.lanes * tiles.apply.chunks,)](
         *_operands(x, weight, tiles.product), bias, z, partials, norm.num_batches_tracked,
         M, N, K, tiles.lanes, tiles.apply.rows_per_chunk, DESCRIPTORS=tiles.product.descriptors,
-        VEC_M=row_multiple(M),
-        **_linear_options(x, N, tiles.product, precision),
+        VEC_M=row_multiple(M), **_linear_options(z, K, tiles.product, precision),
     )  # fmt: skip
     out, stats = forward_apply(z, norm, epilogue, tiles.apply, partials)
     return out, z, stats
@@ -198,17 +200,20 @@ def forward_linear_statistics(
 
 def forward_whole_batch(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm, epilogue: Epilogue,
-    tiles: LinearTiles, precision: str, keep_z: bool,
+    tiles: LinearTiles, precision: str, keep_z: bool, dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:  # fmt: skip
-    """(out, z or None, stats) of Linear and training-mode BatchNorm in one launch; two for the cumulative average."""
+    """(out, z or None, stats) of Linear and training-mode BatchNorm in one launch; two for the cumulative average.
+
+    dtype: as in forward_linear.
+    """
     (M, K), N = x.shape, weight.shape[0]
-    out, stats = x.new_empty((M, N)), x.new_empty((2, N), dtype=torch.float32)
+    out, stats = x.new_empty((M, N), dtype=dtype), x.new_empty((2, N), dtype=torch.float32)
     z = torch.empty_like(out) if keep_z else None
     _count_before(norm)
     whole_batch.whole_batch_forward_kernel[(triton.cdiv(N, tiles.cols),)](
         x, weight, bias, z, out, norm.gamma, norm.beta, stats, norm.running_mean, norm.running_var,
         norm.num_batches_tracked, *epilogue.seed_arguments(), M, N, K, norm.factor, norm.eps, *epilogue.scalars(),
-        CUMULATIVE=norm.cumulative, **_linear_options(x, N, tiles, precision), **epilogue.forward_constants(),
+        CUMULATIVE=norm.cumulative, **_linear_options(out, K, tiles, precision), **epilogue.forward_constants(),
     )  # fmt: skip
     return out, z, stats
 
@@ -260,12 +265,12 @@ def backward_linear(
     g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, needs_input: bool,
     tiles: LinearTiles, precision: str,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """(dx or None, dweight, dbias or None) of x Wᵀ + bias in one launch."""
+    """(dx or None, dweight, dbias or None) of x Wᵀ + bias in one launch, each in its tensor's dtype."""
     (M, N), K = g.shape, x.shape[1]
     dx = torch.empty_like(x) if needs_input else None
     dweight, dbias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
     row_tiles = triton.cdiv(N, tiles.rows) + (triton.cdiv(M, tiles.rows) if needs_input else 0)
     linear_backward.linear_backward_kernel[(row_tiles * triton.cdiv(K, tiles.cols),)](
-        g, x, weight, dx, dweight, dbias, M, N, K, **_linear_options(x, N, tiles, precision)
+        g, x, weight, dx, dweight, dbias, M, N, K, **_linear_options(g, K, tiles, precision)
     )
     return dx, dweight, dbias

@@ -4,7 +4,8 @@
     y   = (z - running_mean) · gamma / sqrt(running_var + eps) + beta      (eval BatchNorm only)
     out = activation(y) · multiplier
 
-x (M, K), W (N, K), z and out (M, N). Where a backward follows, z is stored too and out is computed from z as
+x (M, K), W (N, K), z and out (M, N). x, W and bias of another dtype than out are rounded to it as they are read: what
+autocast would launch a cast each for. Where a backward follows, z is stored too and out is computed from z as
 stored, so that the backward recomputes the very same gate.
 
 Accesses of (M, N) in device memory: W out; W z, W out where z is kept.
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .batch_norm import NORM_RUNNING, RUNTIME_ARGUMENTS, reciprocal_sqrt
-from .casts import dot_operand, to_stored
+from .casts import dot_operand, rounded, to_stored
 from .dropout import dropout_multiplier, load_key
 from .tiles import aligned, load_columns
 
@@ -32,10 +33,10 @@ def grouped_tile(program, row_tiles, col_tiles):
 
 @triton.jit
 def product_tile(
-    a, b, row, col, a_rows, b_rows, K,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    a, b, row, col, a_rows, b_rows, K, DTYPE: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLS) tile at (row, col) of a bᵀ, accumulated in fp32; a (a_rows, K) and b (b_rows, K).
+    """(ROWS, COLS) tile at (row, col) of a bᵀ, of a (a_rows, K) and b (b_rows, K) rounded to DTYPE, summed in fp32.
 
     a and b are addresses, or descriptors by which the tensor memory accelerator copies whole tiles. What a tile has
     beyond the last row is masked at the store.
@@ -43,7 +44,7 @@ def product_tile(
     total = tl.zeros((ROWS, COLS), tl.float32)
     if DESCRIPTORS:
         for k in range(0, K, DEPTH):
-            left, right = dot_operand(a.load([row, k])), dot_operand(b.load([col, k]))
+            left, right = dot_operand(a.load([row, k]), DTYPE), dot_operand(b.load([col, k]), DTYPE)
             total = tl.dot(left, right.T, total, input_precision=PRECISION)
     else:
         depth = tl.arange(0, DEPTH)
@@ -53,8 +54,8 @@ def product_tile(
         b_ptrs = b + cols.to(tl.int64)[None, :] * K + depth[:, None]
         for k in range(0, K, DEPTH):
             exists = depth < K - k
-            left = dot_operand(tl.load(a_ptrs, mask=exists[None, :], other=0.0))
-            right = dot_operand(tl.load(b_ptrs, mask=exists[:, None], other=0.0))
+            left = dot_operand(tl.load(a_ptrs, mask=exists[None, :], other=0.0), DTYPE)
+            right = dot_operand(tl.load(b_ptrs, mask=exists[:, None], other=0.0), DTYPE)
             total = tl.dot(left, right, total, input_precision=PRECISION)
             a_ptrs += DEPTH
             b_ptrs += DEPTH
@@ -78,9 +79,10 @@ def linear_forward_kernel(
     N, K = aligned(N, VEC), aligned(K, VEC_K)
     row_tile, col_tile = grouped_tile(tl.program_id(0), tl.cdiv(M, ROWS), tl.cdiv(N, COLS))
     row, col = row_tile * ROWS, col_tile * COLS
-    y = product_tile(x, weight, row, col, M, N, K, PRECISION, DESCRIPTORS, ROWS, COLS, DEPTH)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    y = product_tile(x, weight, row, col, M, N, K, dtype, PRECISION, DESCRIPTORS, ROWS, COLS, DEPTH)
     cols = col + tl.arange(0, COLS)
-    bias = load_columns(bias_ptr, cols, N, 0.0)
+    bias = rounded(load_columns(bias_ptr, cols, N, 0.0), dtype)
     if NORM == NORM_RUNNING:
         # Subtracted before scaling: scale · mean folded into the shift would cancel at a large mean.
         bias -= load_columns(running_mean_ptr, cols, N, 0.0)
@@ -89,7 +91,7 @@ def linear_forward_kernel(
     offsets = rows.to(tl.int64)[:, None] * N + cols[None, :]
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     if z_ptr is not None:
-        z = to_stored(y, z_ptr.dtype.element_ty)
+        z = to_stored(y, dtype)
         tl.store(z_ptr + offsets, z, mask=mask)
         y = z.to(tl.float32)
     if NORM == NORM_RUNNING:
@@ -99,4 +101,4 @@ def linear_forward_kernel(
     value = ACTIVATION(y, act_a, act_b)
     if DROPOUT:
         value = value * dropout_multiplier(load_key(seed_ptr, seed), row, col, threshold, keep_scale, ROWS, COLS)
-    tl.store(out_ptr + offsets, to_stored(value, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offsets, to_stored(value, dtype), mask=mask)

@@ -2,7 +2,8 @@
 
     dx = g W        dW = gᵀ x        dbias = Σ_m g
 
-g (M, N) the gradient of x Wᵀ + bias, x and dx (M, K), W and dW (N, K), dbias (N,). The first programs make tiles of dW,
+g (M, N) the gradient of x Wᵀ + bias, x and dx (M, K), W and dW (N, K), dbias (N,). x and W are rounded to the dtype of
+g as they are read, and each gradient to that of its tensor as it is written. The first programs make tiles of dW,
 those of its first columns sum g's columns as they pass; the others make tiles of dx. Each sums its whole depth itself:
 no atomics, the same bits in every run.
 """
@@ -38,7 +39,7 @@ def input_gradient_tile(
     for n in range(0, N, DEPTH):
         g = load_part(g_ptr, row, n, M, N, N, ROWS, DEPTH)
         w = load_part(weight_ptr, n, col, N, K, K, DEPTH, COLS)
-        total = tl.dot(dot_operand(g), dot_operand(w), total, input_precision=PRECISION)
+        total = tl.dot(dot_operand(g, g.dtype), dot_operand(w, g.dtype), total, input_precision=PRECISION)
     store_part(dx_ptr, total, row, col, M, K, ROWS, COLS)
 
 
@@ -52,7 +53,7 @@ def weight_gradient_tile(
     for m in range(0, M, DEPTH):
         g = load_part(g_ptr, m, row, M, N, N, DEPTH, ROWS)
         x = load_part(x_ptr, m, col, M, K, K, DEPTH, COLS)
-        total = tl.dot(tl.trans(dot_operand(g)), dot_operand(x), total, input_precision=PRECISION)
+        total = tl.dot(tl.trans(dot_operand(g, g.dtype)), dot_operand(x, g.dtype), total, input_precision=PRECISION)
         if dbias_ptr is not None:
             sums += g.to(tl.float32)
     store_part(dweight_ptr, total, row, col, N, K, ROWS, COLS)

@@ -45,6 +45,7 @@ def linear_statistics_kernel(
     VEC_M, where it is 16, tells that a thread's rows exist or not by the sixteen: 2 masks for it, not 32.
     """
     M, N, K, rows_per_strip = aligned(M, VEC_M), aligned(N, VEC), aligned(K, VEC_K), aligned(rows_per_strip, ROWS)
+    dtype: tl.constexpr = z_ptr.dtype.element_ty
     strip, lane = tl.program_id(0) // lanes, tl.program_id(0) % lanes
     begin = strip * rows_per_strip
     end = tl.minimum(begin + rows_per_strip, M)
@@ -54,8 +55,8 @@ def linear_statistics_kernel(
         centre = tl.zeros((COLS,), tl.float32)
         total, squares = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
         for row in range(begin, end, ROWS):
-            z = product_tile(weight, x, col, row, N, M, K, PRECISION, DESCRIPTORS, COLS, ROWS, DEPTH)
-            z = to_stored(z + load_columns(bias_ptr, cols, N, 0.0)[:, None], z_ptr.dtype.element_ty)
+            z = product_tile(weight, x, col, row, N, M, K, dtype, PRECISION, DESCRIPTORS, COLS, ROWS, DEPTH)
+            z = to_stored(z + load_columns(bias_ptr, cols, N, 0.0)[:, None], dtype)
             rows = row + tl.arange(0, ROWS)
             mask = (rows < end)[:, None] & (cols < N)[None, :]
             tl.store(z_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :], z.T, mask=mask)

@@ -3,7 +3,8 @@
     z = x Wᵀ + bias;  then batch_norm.py's forward on z as stored
 
 x (M, K), W (N, K), z and out (M, N). A program owns COLS columns of all M rows, so their statistics are its own and z
-never leaves its registers; the price is that every program reads all of x, which L2 serves after the first.
+never leaves its registers; the price is that every program reads all of x, which L2 serves after the first. As in
+linear.py, x, W and bias are rounded to the dtype of out.
 
 Saved for the backward: z, and mean and rstd as (2, N) fp32. Accesses of (M, N) in device memory: W z, W out.
 """
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .batch_norm import NORM_BATCH, RUNTIME_ARGUMENTS, apply_tile, keep_statistics, tile_statistics
-from .casts import to_stored
+from .casts import rounded, to_stored
 from .dropout import load_key
 from .linear import product_tile
 from .tiles import aligned, load_columns, tile_offsets
@@ -37,8 +38,9 @@ def whole_batch_forward_kernel(
     N, K = aligned(N, VEC), aligned(K, VEC_K)
     col = tl.program_id(0) * COLS
     cols = col + tl.arange(0, COLS)
-    product = product_tile(x_ptr, weight_ptr, 0, col, M, N, K, PRECISION, False, ROWS, COLS, DEPTH)
-    stored = to_stored(product + load_columns(bias_ptr, cols, N, 0.0)[None, :], out_ptr.dtype.element_ty)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    product = product_tile(x_ptr, weight_ptr, 0, col, M, N, K, dtype, PRECISION, False, ROWS, COLS, DEPTH)
+    stored = to_stored(product + rounded(load_columns(bias_ptr, cols, N, 0.0), dtype)[None, :], dtype)
     if z_ptr is not None:
         _, offsets, mask = tile_offsets(0, M, N, col, True, ROWS, COLS)
         tl.store(z_ptr + offsets, stored, mask=mask)

@@ -214,7 +214,7 @@ def eager_block(input, weight, *, batch_norm, activation):
 def test_double_backward_equals_eager_in_float64(training, p, monkeypatch):
     """A gradient penalty: the gradient's norm differentiated by everything."""
     seed = torch.tensor(77)
-    monkeypatch.setattr("fastnn.ops.dropout_seed", lambda device: seed)
+    monkeypatch.setattr("fastnn.seeds.dropout_seed", lambda device: seed)
     mask = reference.dropout_multiplier(seed, 16, 6, p)
     tensors = [torch.randn(16, 5), torch.randn(6, 5), torch.rand(6) + 0.5, torch.randn(6)]
     found = []

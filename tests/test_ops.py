@@ -6,7 +6,7 @@ import torch._dynamo.testing
 from support.blocks import KEY, Block
 
 import fastnn
-from fastnn import dispatch, ops
+from fastnn import dispatch, seeds
 
 pytestmark = [
     pytest.mark.real_empty,
@@ -15,13 +15,14 @@ pytestmark = [
 ]
 
 
-def forward_arguments(norm="batch", linear=True, save=True, dtype=torch.float32):
+def forward_arguments(norm="batch", linear=True, save=True, dtype=torch.float32, computed=None):
     block = Block(12, 5 if linear else 9, 9, dtype, norm, linear=linear, bias=linear, p=0.5)
     t = block.draw(torch.Generator().manual_seed(0))
     counter = torch.zeros((), dtype=torch.int64) if norm == "batch" else None
     return (
         t["x"], t.get("weight"), t.get("bias"), t.get("gamma"), t.get("beta"), t.get("running_mean"),
-        t.get("running_var"), counter, torch.tensor(KEY), norm, 0.1, 1e-5, "relu", 0.0, 0.0, 0.5, save,
+        t.get("running_var"), counter, torch.tensor(KEY), computed or dtype, norm, 0.1, 1e-5,
+        "relu", 0.0, 0.0, 0.5, save,
     )  # fmt: skip
 
 
@@ -31,6 +32,17 @@ def forward_arguments(norm="batch", linear=True, save=True, dtype=torch.float32)
 def test_forward_op_passes_opcheck(norm, linear, save):
     arguments = forward_arguments(norm, linear, save)
     torch.library.opcheck(torch.ops.fastnn.block_forward.default, arguments)
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_ops_that_round_their_operands_pass_opcheck(norm):
+    x, weight, bias, gamma, beta, _, _, _, seed, *_ = arguments = forward_arguments(norm, computed=torch.bfloat16)
+    torch.library.opcheck(torch.ops.fastnn.block_forward.default, arguments)
+    out, z, stats = torch.ops.fastnn.block_forward(*arguments)
+    assert out.dtype == z.dtype == torch.bfloat16
+    given = (torch.randn_like(out), x, weight, bias, gamma, beta, z, stats, seed, norm, "relu", 0.0, 0.0, 0.5)
+    for needs in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(torch.ops.fastnn.block_backward.default, (*given, needs))
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False), (True, False, True)])
@@ -161,14 +173,14 @@ def test_cuda_seeds_come_from_the_generators_seed_and_offset_without_a_launch(mo
     monkeypatch.setattr(torch.cuda, "default_generators", [generator])
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     device = torch.device("cuda", 0)
-    seeds = [ops.dropout_seed(device) for _ in range(100)]
-    assert all(seed.is_cpu and seed.dtype == torch.int64 and seed.dim() == 0 and seed >= 0 for seed in seeds)
-    assert len({seed.item() for seed in seeds}) == 100
+    found = [seeds.dropout_seed(device) for _ in range(100)]
+    assert all(seed.is_cpu and seed.dtype == torch.int64 and seed.dim() == 0 and seed >= 0 for seed in found)
+    assert len({seed.item() for seed in found}) == 100
     assert generator.offset == 400  # torch's offsets are multiples of 4
     generator.offset = 0
-    assert ops.dropout_seed(device).item() == seeds[0].item()
+    assert seeds.dropout_seed(device).item() == found[0].item()
     generator.seed, generator.offset = 124, 0
-    assert ops.dropout_seed(device).item() not in {seed.item() for seed in seeds}
+    assert seeds.dropout_seed(device).item() not in {seed.item() for seed in found}
 
 
 def test_on_a_side_stream_seeds_are_drawn_on_the_device(monkeypatch):
@@ -178,7 +190,7 @@ def test_on_a_side_stream_seeds_are_drawn_on_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "default_generators", [generator])
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7 if index == 1 else 0, raising=False)
     monkeypatch.setattr(torch, "randint", lambda *args, device, **kwargs: drawn.append(device))
-    ops.dropout_seed(torch.device("cuda", 1))
+    seeds.dropout_seed(torch.device("cuda", 1))
     assert drawn == [torch.device("cuda", 1)]
     assert generator.offset == 0
 

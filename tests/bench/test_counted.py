@@ -18,6 +18,7 @@ from fastnn.kernels import batch_norm, launch, multi_tensor
 from fastnn.kernels.tiles import STREAM_TILE, Tiles, tile_offsets
 
 TRAINING, EVAL, MLP = "a training step", "eval", "launches of a training step of notes-mlp, batch 64"
+AUTOCAST = MLP + ", bf16 autocast"
 # Of the plans in block_traffic.TRAINING's order, then BatchNorm folded into the GEMM in eval.
 BLOCKS = {
     f"accesses of [M, N] in {TRAINING}": (6, 8, 8, 11, 7),
@@ -66,17 +67,14 @@ def saved_thresholds() -> dict[tuple[str, str], float]:
     return found
 
 
+# Forward: each of two blocks, the last Linear. Backward: the last Linear's gradients; dz and the Linear's gradients, of
+# the first block by weight only. Under autocast no cast.
+STEP_OF_THE_MLP = {"forward": 3, "backward": 5, "optimizer step": 1, "in total": 9}
 THRESHOLDS = {
     **block_thresholds(),
     **step_thresholds(),
     **saved_thresholds(),
-    (MLP, "forward"): 3,  # each of two blocks, the last Linear
-    (
-        MLP,
-        "backward",
-    ): 5,  # the last Linear's gradients; dz and the Linear's gradients, of the first block by weight only
-    (MLP, "optimizer step"): 1,
-    (MLP, "in total"): 9,
+    **{(figure, phase): value for figure in (MLP, AUTOCAST) for phase, value in STEP_OF_THE_MLP.items()},
 }
 
 
@@ -108,11 +106,15 @@ def test_blocks():
 
 
 def test_launches_of_a_training_step():
-    """Eager's: each block a product, counter, BatchNorm, ReLU and dropout, and backward the last three and products."""
+    """Eager's: each block a product, counter, BatchNorm, ReLU and dropout, and backward the last three and products.
+
+    Autocast casts the input, three weights and a bias, and the gradients of all but the first back.
+    """
     rows = without_interpreter(Path(launch_counts.__file__))
     check(rows)
     counts = {"forward": 11, "backward": 12, "optimizer step": 7, "in total": 30}
-    assert eager(rows, "launches") == counts
+    assert eager([row for row in rows if row["figure"] == MLP], MLP) == counts
+    assert eager(rows, AUTOCAST) == {"forward": 11 + 5, "backward": 12 + 4, "optimizer step": 7, "in total": 30 + 9}
 
 
 def test_saved_bytes():

@@ -127,6 +127,19 @@ def launch_small(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> No
             backward_linear(z, x, weight, bias, True, shape, precision)
 
 
+def launch_autocast(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> None:
+    """The same of a product computed in dtype: all operands fp32, as in a first layer, or the weight and bias alone."""
+    relu, _ = activations()
+    weight, bias, g = torch.empty((N, K)), torch.empty(N), torch.empty((M, N), dtype=dtype)
+    for x in (torch.empty((M, K)), torch.empty((M, K), dtype=dtype)):
+        shape = tiles.whole_batch_tiles(M, K, x.element_size())
+        forward_whole_batch(x, weight, bias, norm_of("batch", N), relu, shape, "ieee", True, dtype)
+        for norm in ("none", "running"):
+            shape = tiles.linear_tiles(M, N, weight.element_size(), norm == "running", False, gpu.multiprocessors)
+            forward_linear(x, weight, bias, norm_of(norm, N), relu, shape, "ieee", norm == "none", dtype)
+        backward_linear(g, x, weight, bias, True, tiles.linear_backward_tiles(weight.element_size()), "ieee")
+
+
 def launch_eval(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> None:
     """BatchNorm folded into the GEMM; in fp32 by TF32, as without it the library's GEMM serves."""
     x, weight = torch.empty((M, K), dtype=dtype), torch.empty((N, K), dtype=dtype)
@@ -174,6 +187,7 @@ def cases(capability: int, selection: list[str]) -> list[tuple]:
     if selection == ["representative"]:
         return [(*case, dtype) for dtype in (torch.float32, torch.bfloat16) for case in REPRESENTATIVE]
     every = [(*case, dtype) for dtype in (torch.float32, torch.bfloat16) for case in CASES]
+    every += [("autocast", launch_autocast, shape, torch.bfloat16) for shape in SMALL_SHAPES]
     return every + [(*EVERY_ACTIVATION, torch.float32)] * (capability == 90)
 
 

@@ -47,6 +47,7 @@ class Block:
     spread: float = 1.0  # of the input
     grads: bool = True  # without, only the forward runs, which is when eval BatchNorm folds into the GEMM
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    autocast: torch.dtype | None = None  # what a Linear's operands are cast to
 
     @property
     def axes(self) -> dict[str, str]:
@@ -80,6 +81,7 @@ class Block:
                 drawn |= {"gamma": 1 + 0.5 * normal(self.N), "beta": 0.5 * normal(self.N)}
         drawn["g"] *= self._gate_is_decided(drawn)
         tensors = {name: tensor.to(self.device, self.dtype) for name, tensor in drawn.items()}
+        tensors["g"] = tensors["g"].to(self.autocast or self.dtype)
         if self.p > 0:
             tensors["mask"] = torch.from_numpy(multiplier(KEY, self.M, self.N, self.p)).to(self.device)
         return tensors
@@ -97,7 +99,7 @@ class Block:
             gamma, beta = drawn.get("gamma", torch.ones(self.N)), drawn.get("beta", torch.zeros(self.N))
             scale = gamma * (var + 1e-5).rsqrt()
             y, noise = (z - mean) * scale + beta, (z.abs() + mean.abs()) * scale.abs() + beta.abs()
-        return y.abs() > 8 * torch.finfo(self.dtype).eps * noise
+        return y.abs() > 8 * torch.finfo(self.autocast or self.dtype).eps * noise
 
     def batch_norm(self, inputs: Tensors) -> BatchNorm | None:
         if self.norm == "none":
@@ -108,7 +110,8 @@ class Block:
     def eager(self, inputs: Tensors) -> Tensors:
         """torch.nn.functional's ops one after another; dropout as torch's CUDA kernel does it, rounding once."""
         leaves = {name: inputs[name].requires_grad_(self.grads) for name in LEAVES if name in inputs}
-        y = F.linear(leaves["x"], leaves["weight"], leaves.get("bias")) if self.linear else leaves["x"]
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            y = F.linear(leaves["x"], leaves["weight"], leaves.get("bias")) if self.linear else leaves["x"]
         norm = self.batch_norm(inputs)
         if norm is not None:
             y = F.batch_norm(y, *norm[:4], norm.training, eps=norm.eps)
@@ -123,7 +126,7 @@ class Block:
         seed = torch.tensor(KEY) if self.p > 0 else None
         out = ops.block(
             leaves["x"], leaves.get("weight"), leaves.get("bias"), self.batch_norm(inputs), seed,
-            self.activation, *self.arguments, self.p,
+            self.activation, *self.arguments, self.p, self.autocast,
         )  # fmt: skip
         return self._outputs(out, leaves, inputs)
 

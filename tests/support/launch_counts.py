@@ -1,7 +1,8 @@
 """Launches of a training step of a small MLP, ours and eager PyTorch's; prints the figure as JSON rows.
 
 Ours are Triton's launches and the ops around them that run on a GPU: the library's products, and the bias gradient of
-the last Linear. Eager's are ops, each of which launches at least one kernel. The loss is counted for neither.
+the last Linear. Eager's are ops, each of which launches at least one kernel. The loss is counted for neither. Autocast
+knows no meta tensors: under it the step is taken on the CPU, where our launches run nothing.
 
 For processes in which TRITON_INTERPRET was not set when the kernels were imported.
 """
@@ -26,7 +27,10 @@ PHASES = ("forward", "backward", "optimizer step")
 
 
 def count_phases(
-    model: nn.Module, optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer], launches: list[Launch]
+    model: nn.Module,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    launches: list[Launch],
+    autocast: bool,
 ) -> dict[str, list[str]]:
     """What each phase launches, by name."""
     found: dict[str, list[str]] = {}
@@ -38,14 +42,15 @@ def count_phases(
             yield
         found[name] = [op.name for op in log.ops] + [launch.kernel for launch in launches]
 
-    model.to("meta")
-    x = torch.empty((BATCH, MLP.widths[0]), device="meta")
-    with phase("forward", "meta"):
+    device = "cpu" if autocast else "meta"
+    model.to(device)
+    x = torch.zeros((BATCH, MLP.widths[0]), device=device)
+    with phase("forward", device), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = model(x)
-    g = torch.empty_like(out)
-    with phase("backward", "meta"):
+    g = torch.zeros_like(out)
+    with phase("backward", device):
         out.backward(g)
-    stepped = optimizer(list(model.parameters()))
+    stepped = optimizer(list(model.to("meta").parameters()))
     stepped.step()  # which makes the state
     with phase("optimizer step", stepped.param_groups[0]["params"][0].device.type):
         stepped.step()
@@ -65,22 +70,23 @@ def our_adam(params: list[nn.Parameter]) -> torch.optim.Optimizer:
     return fastnn.optim.Adam(here, capturable=True)
 
 
-def phases_of_both() -> dict[str, dict[str, list[str]]]:
+def phases_of_both(autocast: bool) -> dict[str, dict[str, list[str]]]:
     with stand_in_driver(90) as launches, ops_of_a_gpu():
         return {
-            "fastnn": count_phases(fastnn.nn.Sequential(*MLP.layers()), our_adam, launches),
-            "eager": count_phases(nn.Sequential(*MLP.layers()), eager_adam, launches),
+            "fastnn": count_phases(fastnn.nn.Sequential(*MLP.layers()), our_adam, launches, autocast),
+            "eager": count_phases(nn.Sequential(*MLP.layers()), eager_adam, launches, autocast),
         }
 
 
 def rows() -> list[Row]:
-    both = phases_of_both()
-    counts = {who: {name: len(launched) for name, launched in phases.items()} for who, phases in both.items()}
-    figure = f"launches of a training step of {MLP.name}, batch {BATCH}"
     found = []
-    for phase in (*PHASES, "in total"):
-        ours, theirs = (counts[who].get(phase, sum(counts[who].values())) for who in ("fastnn", "eager"))
-        found += counted(figure, phase, "launches", ours, theirs)
+    for autocast in (False, True):
+        both = phases_of_both(autocast)
+        counts = {who: {name: len(launched) for name, launched in phases.items()} for who, phases in both.items()}
+        figure = f"launches of a training step of {MLP.name}, batch {BATCH}" + ", bf16 autocast" * autocast
+        for phase in (*PHASES, "in total"):
+            ours, theirs = (counts[who].get(phase, sum(counts[who].values())) for who in ("fastnn", "eager"))
+            found += counted(figure, phase, "launches", ours, theirs)
     return found
 
 

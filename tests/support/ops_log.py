@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastnn import dispatch, ops
+from fastnn import dispatch, ops, seeds
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+READ_BY_THE_HOST = ("item",)  # a copy, no kernel
 OVERWRITES = ("copy_", "fill_", "zero_")  # in place without reading what was there
 Operand = tuple[tuple[int, ...], torch.dtype]
 
@@ -48,7 +49,7 @@ class OpsLog(TorchDispatchMode):
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         tensors = {argument: self._of_device(value) for argument, value in given.items()}
         made = [t for t in self._of_device(results) if not any(t is g for ts in tensors.values() for g in ts)]
-        if not func.is_view and name not in ALLOCATIONS and (made or any(tensors.values())):
+        if not func.is_view and name not in ALLOCATIONS + READ_BY_THE_HOST and (made or any(tensors.values())):
             changed = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
             unread = [a for a in changed if a == "out" or name in OVERWRITES]
             read = [t for argument, ts in tensors.items() if argument not in unread for t in ts]
@@ -89,6 +90,5 @@ def paths_of_a_gpu() -> Iterator[None]:
 @contextmanager
 def ops_of_a_gpu() -> Iterator[None]:
     """The same, and a dropout seed comes without an op: from the generator on the host, where a CPU draws it."""
-    seed = torch.zeros((), dtype=torch.int64)
-    with paths_of_a_gpu(), patch.object(ops, "dropout_seed", lambda device: seed.clone()):
+    with paths_of_a_gpu(), patch.object(seeds, "dropout_seed", lambda device: torch.tensor(0)):
         yield
