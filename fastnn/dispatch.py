@@ -29,11 +29,11 @@ MAX_FEATURES = 1 << 20  # a tile's offsets are 32-bit: rows of a tile (<= 1024) 
 
 # Costs of the whole-batch plan that are about a launch's 2 µs, by the figures of an H100; not yet measured.
 WHOLE_BATCH_REREAD = 8 << 20  # bytes of x from L2, at 5 TB/s
-WHOLE_BATCH_FMA = 1 << 16  # multiply-adds a column without tensor cores, where a multiprocessor makes 200 a ns
 # Up to that depth an access of z (4.8 TB/s) pays for a product at three quarters of the library's rate (0.8 PFLOP/s
-# of 16 bits, 0.4 of TF32), by the figures of an H200; not yet measured.
+# of 16 bits, 0.4 of TF32; of full fp32 the library's has no tensor cores), by the figures of an H200; not yet measured.
 EPILOGUE_DEPTH = 512
-GROUPED_PRODUCT = 1 << 24  # multiply-adds of one: 3 µs of 64 programs without tensor cores
+GROUPED_PRODUCT = 1 << 24  # multiply-adds of one
+SPLIT_PRODUCT = 1 << 27  # of full fp32, up to which our product serves without sums: it is not tuned, nor yet measured
 
 
 class Machine(NamedTuple):
@@ -185,24 +185,24 @@ def batch_norm_plan(M: int, N: int, K: int, dtype: torch.dtype, device: torch.de
     takes the statistics where "split" would read z once more, with a product that is slower than the library's.
     """
     rest = statistics_plan(M, N, dtype.itemsize, device)
-    tensor_cores = dtype != torch.float32 or fp32_precision() == "tf32"
     shallow = K <= EPILOGUE_DEPTH and K * dtype.itemsize % tiles.ACCESS_BYTES == 0
-    gains = tensor_cores and shallow and rest == "split"
-    general = _pick("epilogue", rest) if gains else _pick(rest, "epilogue")
-    rows = tiles.WHOLE_BATCH_ROWS if tensor_cores else tiles.WHOLE_BATCH_ROWS // 2
-    if rows < M:
+    general = _pick("epilogue", rest) if shallow and rest == "split" else _pick(rest, "epilogue")
+    split = splits(dtype)
+    if tiles.whole_batch_rows(split) < M:
         return general
-    reread = math.ceil(N / tiles.whole_batch_tiles(M, K, dtype.itemsize).cols) * M * K * dtype.itemsize
-    fits = reread <= WHOLE_BATCH_REREAD and (tensor_cores or M * K <= WHOLE_BATCH_FMA)
+    reread = math.ceil(N / tiles.whole_batch_tiles(M, K, dtype.itemsize, split).cols) * M * K * dtype.itemsize
+    fits = reread <= WHOLE_BATCH_REREAD
     return _pick("whole_batch", "columns", "split", "epilogue") if fits else _pick(general, "whole_batch")
 
 
-def linear_plan(M: int, N: int, K: int, dtype: torch.dtype) -> str:
-    """The plan of a Linear whose output needs no sums: "epilogue" (our GEMM) or "apply" (the library's, then a pass).
+def splits(dtype: torch.dtype) -> bool:
+    """Whether a product computed in dtype splits its operands (product_precision), which takes registers."""
+    return dtype == torch.float32 and fp32_precision() == "ieee"
 
-    Our fp32 GEMM without TF32 has no tensor cores and no tuning: it serves where launches cost more than arithmetic.
-    """
-    if dtype != torch.float32 or fp32_precision() == "tf32" or M * N * K <= 1 << 27:
+
+def linear_plan(M: int, N: int, K: int, dtype: torch.dtype) -> str:
+    """The plan of a Linear whose output needs no sums: "epilogue" (our product) or "apply" (the library's, a pass)."""
+    if not splits(dtype) or M * N * K <= SPLIT_PRODUCT:
         return _pick("epilogue", "apply")
     return _pick("apply", "epilogue")
 
@@ -230,6 +230,19 @@ def rounds_operands(M: int, N: int, K: int, dtype: torch.dtype, device: torch.de
         return False
     one_launch = "whole_batch" if norm == "batch" else "epilogue"
     return forward_plan(M, N, K, dtype, device, norm, save) == one_launch
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """input_precision of tl.dot for a product computed in dtype.
+
+    Where torch's settings ask for full fp32, tensor cores sum six of the nine products of two numbers split into three
+    bf16 parts each. By a bit-exact model of the tensor cores of an A100 and an H100 (steps of 32 in depth, K from 16 to
+    8192) that is at most 0.89 times as far from float64 as a chain of fused multiply-adds; three products of TF32
+    parts are up to 2.8 times as far.
+    """
+    if dtype == torch.float32 and fp32_precision() == "tf32":
+        return "tf32"
+    return "bf16x6" if dtype == torch.float32 and not INTERPRETED else "ieee"
 
 
 def fp32_precision() -> str:

@@ -87,14 +87,14 @@ def _our_product(
     if plan not in ("whole_batch", "epilogue"):
         return None
     x, weight = input.contiguous(), weight.contiguous()
-    precision = dispatch.fp32_precision() if dtype == torch.float32 else "ieee"
+    precision, split = dispatch.product_precision(dtype), dispatch.splits(dtype)
     if plan == "whole_batch":
-        shape = tiles.whole_batch_tiles(M, K, x.element_size())
+        shape = tiles.whole_batch_tiles(M, K, x.element_size(), split)
         return launch.forward_whole_batch(x, weight, bias, norm, epilogue, shape, precision, save, dtype)
     itemsize, multiprocessors = _widest(x, weight), dispatch.machine(x.device).multiprocessors
     descriptors = _are_of(dtype, x, weight) and dispatch.copies_tiles(x, weight)
     if norm.mode == "batch":
-        strips = tiles.linear_statistics_tiles(M, N, itemsize, descriptors, multiprocessors)
+        strips = tiles.linear_statistics_tiles(M, N, itemsize, split, descriptors, multiprocessors)
         return launch.forward_linear_statistics(x, weight, bias, norm, epilogue, strips, precision)
     shape = tiles.linear_tiles(M, N, itemsize, norm.mode == "running", descriptors, multiprocessors)
     out, z = launch.forward_linear(x, weight, bias, norm, epilogue, shape, precision, save, dtype)
@@ -164,8 +164,7 @@ def _linear_backward(
     (M, N), K = dz.shape, input.shape[1]
     saves = needs_input or bias is not None or not _are_of(dz.dtype, input, weight)
     if needs_weight and saves and dispatch.linear_backward_plan(M, N, K) == "grouped":
-        precision = dispatch.fp32_precision() if dz.dtype == torch.float32 else "ieee"
-        shape = tiles.linear_backward_tiles(_widest(input, weight))
+        shape, precision = tiles.linear_backward_tiles(_widest(input, weight)), dispatch.product_precision(dz.dtype)
         return launch.backward_linear(dz, input.contiguous(), weight.contiguous(), bias, needs_input, shape, precision)
     return (
         torch.mm(dz, weight, out=torch.empty_like(input)) if needs_input else None,

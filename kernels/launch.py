@@ -165,7 +165,7 @@ def forward_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm, epilogue: Epilogue,
     tiles: LinearTiles, precision: str, keep_z: bool, dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """(out, z or None) in one launch; norm.mode is "running" or "none", precision "ieee" or "tf32" (fp32 only).
+    """(out, z or None) in one launch; norm.mode is "running" or "none", precision is tl.dot's.
 
     dtype: of out and z, and what x, weight and bias are rounded to; None is x's.
     """

@@ -14,7 +14,6 @@ REGISTER_TILE = 8192  # elements: 8 warps hold 32 a thread, and the backward's t
 STREAM_TILE = 4096  # elements: 16 a thread of 8 warps; a streaming backward spills with 32, and with 16 warps
 MAX_CHUNKS = 128  # row chunks of the split plan: each apply program rereads that many partials from L2
 MAX_LANES = 16  # column tiles at work at once: with as many strips, the programs read the least of x and W
-WHOLE_BATCH_ROWS = 512  # 16 columns of them take 244 registers of 4 warps with tensor cores; without, 512 rows spill
 # fp contraction is stated because Triton's default changes with 3.10; tl.fma marks where results rely on it.
 MAX_REGISTERS = 255  # of a thread, the machine's own limit; stated, as ptxas for sm_100 else stops at 128 and spills
 LAUNCH_OPTIONS = {"enable_fp_fusion": True, "maxnreg": MAX_REGISTERS}
@@ -122,16 +121,21 @@ def linear_tiles(M: int, N: int, itemsize: int, folded: bool, descriptors: bool,
     return LinearTiles(rows, cols, LINE_BYTES // itemsize, num_warps, 3, descriptors and num_warps == 8)
 
 
-def whole_batch_tiles(M: int, K: int, itemsize: int) -> LinearTiles:
+def whole_batch_rows(split: bool) -> int:
+    """The most rows: 16 columns of 512 take 244 registers of 4 warps, and spill with split operands."""
+    return 256 if split else 512
+
+
+def whole_batch_tiles(M: int, K: int, itemsize: int, split: bool) -> LinearTiles:
     """All rows, 16 columns: the narrowest that tensor cores take, so that few columns still make many programs.
 
-    A thread of 4 warps then loads its part of W in one 16-byte access; where rows of K allow none, an address an
-    element takes twice the threads. A step is at most 32 KiB of x, so that two of them fit the 99 KiB of every
-    architecture.
+    A thread of 4 warps then loads its part of W in one 16-byte access. An address an element, where rows of K allow no
+    wide access, takes twice the threads, and so does splitting (dispatch.product_precision). A step is at most 32 KiB
+    of x, so that two of them fit the 99 KiB of every architecture.
     """
     rows = max(64, power_of_two_at_least(M))
     depth = min(LINE_BYTES // itemsize, 32 * 1024 // (rows * itemsize))
-    num_warps = 8 if rows > 128 and K * itemsize % ACCESS_BYTES else 4
+    num_warps = 8 if rows > 128 and (split or K * itemsize % ACCESS_BYTES) else 4
     return LinearTiles(rows, 16, depth, num_warps, 3 if rows * depth * itemsize < 32 * 1024 else 2)
 
 
@@ -143,15 +147,17 @@ class StripTiles(NamedTuple):
     apply: Tiles
 
 
-def linear_statistics_tiles(M: int, N: int, itemsize: int, descriptors: bool, multiprocessors: int) -> StripTiles:
+def linear_statistics_tiles(
+    M: int, N: int, itemsize: int, split: bool, descriptors: bool, multiprocessors: int
+) -> StripTiles:
     """Two programs a multiprocessor, so that one's statistics run beside the other's product.
 
     A thread of 8 warps has 64 numbers of a tile of 128 x 128 and 128 registers, which suffice for 16 bits where
-    descriptors copy the operands. Else tiles are half as wide, for half the warps; and half as high where masks of
-    single rows would spill or the tiles would leave multiprocessors idle.
+    descriptors copy the operands. Else tiles are half as wide, for half the warps; and half as high where masks
+    of single rows, or splitting beside addresses, would spill, or the tiles would leave multiprocessors idle.
     """
     rows, cols, num_warps, registers = 128, 64, 4, MAX_REGISTERS
-    if row_multiple(M) == 1 or math.ceil(M / 128) * math.ceil(N / 64) < multiprocessors:
+    if (split and not descriptors) or row_multiple(M) == 1 or math.ceil(M / 128) * math.ceil(N / 64) < multiprocessors:
         rows = 64
     elif descriptors and itemsize == 2 and math.ceil(M / 128) * math.ceil(N / 128) >= multiprocessors:
         cols, num_warps, registers = 128, 8, 128

@@ -103,12 +103,13 @@ def test_statistics_plan_of_published_shapes(M, N, itemsize, plan):
         (64, 100, 784, torch.float32, "whole_batch"),
         (64, 100, 784, torch.bfloat16, "whole_batch"),
         (512, 100, 784, torch.bfloat16, "whole_batch"),  # x is read 7 times: 5.6 MB
-        (128, 100, 784, torch.float32, "columns"),  # 100 000 multiply-adds a column, without tensor cores
+        (256, 100, 784, torch.float32, "whole_batch"),
+        (300, 100, 100, torch.float32, "columns"),  # more rows than a tile of split operands
         (1024, 100, 100, torch.bfloat16, "columns"),  # more rows than a tile
         (256, 4096, 256, torch.bfloat16, "columns"),  # x is read 256 times: 34 MB
         (2048, 8192, 8192, torch.bfloat16, "columns"),
         (80_000, 1024, 128, torch.bfloat16, "epilogue"),
-        (80_000, 1024, 128, torch.float32, "split"),  # without tensor cores
+        (80_000, 1024, 128, torch.float32, "epilogue"),
         (380_000, 512, 768, torch.bfloat16, "split"),  # a product too deep for what reading z once less saves
         (9000, 600, 300, torch.bfloat16, "split"),  # rows of x that no 16-byte copy fits
     ],
@@ -117,7 +118,7 @@ def test_batch_norm_plan_of_published_shapes(M, N, K, dtype, plan):
     assert dispatch.batch_norm_plan(M, N, K, dtype, CPU) == plan
 
 
-def test_whole_batch_serves_more_rows_with_tensor_cores(monkeypatch):
+def test_whole_batch_serves_more_rows_where_operands_are_not_split(monkeypatch):
     assert dispatch.batch_norm_plan(300, 100, 100, torch.float32, CPU) == "columns"
     monkeypatch.setattr(dispatch, "fp32_precision", lambda: "tf32")
     assert dispatch.batch_norm_plan(300, 100, 100, torch.float32, CPU) == "whole_batch"
@@ -155,6 +156,16 @@ def test_forced_plan_is_taken_only_where_it_serves():
         assert dispatch.linear_plan(10_000, 10_000, 10_000, torch.float32) == "epilogue"
     assert dispatch.linear_plan(10_000, 10_000, 10_000, torch.float32) == "apply"
     assert dispatch.linear_plan(64, 100, 784, torch.float32) == "epilogue"
+
+
+@pytest.mark.parametrize(
+    ("interpreted", "asked", "taken"), [(False, "ieee", "bf16x6"), (False, "tf32", "tf32"), (True, "ieee", "ieee")]
+)
+def test_full_fp32_is_split_on_a_gpu(interpreted, asked, taken, monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRETED", interpreted)
+    monkeypatch.setattr(dispatch, "fp32_precision", lambda: asked)
+    assert dispatch.product_precision(torch.float32) == taken
+    assert dispatch.product_precision(torch.bfloat16) == "ieee"
 
 
 SETTINGS = """

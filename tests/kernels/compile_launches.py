@@ -38,6 +38,8 @@ SPLIT_SHAPES = ((64, 100), (380_000, 512))
 LINEAR_SHAPES = ((64, 100, 784), (1024, 501, 343), (2048, 2048, 2048))
 # Tiles of full height; a last tile that ends within sixteen rows; tiles that leave multiprocessors idle.
 EPILOGUE_SHAPES = ((80_000, 1024, 128), (80_001, 1024, 128), (2048, 400, 400))
+# What dispatch.product_precision finds on a GPU; TF32 first, of which bench_compiled.py shows the first.
+PRECISIONS = {torch.float32: ("tf32", "bf16x6"), torch.bfloat16: ("ieee",)}
 # The smallest and largest tiles of whole_batch_tiles; the larger ones also where no row of K is aligned.
 SMALL_SHAPES = ((64, 100, 784), (256, 501, 343), (512, 501, 343), (512, 104, 784))
 
@@ -100,7 +102,7 @@ def launch_linear(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> N
         tiles.linear_tiles(M, N, x.element_size(), fold, descriptors_serve(x, weight, gpu), gpu.multiprocessors)
         for fold in (False, True)
     )
-    for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
+    for precision in PRECISIONS[dtype]:
         forward_linear(x, weight, bias, Norm("none"), relu, plain, precision, True)
         forward_linear(x, weight, None, norm_of("running", N), relu, folded, precision, False)
 
@@ -109,20 +111,22 @@ def launch_epilogue(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) ->
     relu, _ = activations()
     x, weight, bias = torch.empty((M, K), dtype=dtype), torch.empty((N, K), dtype=dtype), torch.empty(N, dtype=dtype)
     descriptors = descriptors_serve(x, weight, gpu)
-    shape = tiles.linear_statistics_tiles(M, N, x.element_size(), descriptors, gpu.multiprocessors)
-    precision = "tf32" if dtype == torch.float32 else "ieee"
-    forward_linear_statistics(x, weight, bias, norm_of("batch", N), relu, shape, precision)
+    for precision in PRECISIONS[dtype]:
+        split = precision == "bf16x6"
+        shape = tiles.linear_statistics_tiles(M, N, x.element_size(), split, descriptors, gpu.multiprocessors)
+        forward_linear_statistics(x, weight, bias, norm_of("batch", N), relu, shape, precision)
 
 
 def launch_small(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> None:
     relu, _ = activations()
     x, weight, z, bias = (torch.empty(shape, dtype=dtype) for shape in ((M, K), (N, K), (M, N), N))
-    precisions = ("tf32", "ieee") if dtype == torch.float32 else ("ieee",)
-    for precision in precisions[: 1 if M > tiles.WHOLE_BATCH_ROWS // 2 else None]:
-        norm, shape = norm_of("batch", N), tiles.whole_batch_tiles(M, K, x.element_size())
-        forward_whole_batch(x, weight, bias, norm, relu, shape, precision, True)
+    for precision in PRECISIONS[dtype]:
+        split = precision == "bf16x6"
+        if tiles.whole_batch_rows(split) >= M:
+            shape = tiles.whole_batch_tiles(M, K, x.element_size(), split)
+            forward_whole_batch(x, weight, bias, norm_of("batch", N), relu, shape, precision, True)
     if M == 64:
-        for precision in precisions:
+        for precision in PRECISIONS[dtype]:
             shape = tiles.linear_backward_tiles(x.element_size())
             backward_linear(z, x, weight, bias, True, shape, precision)
 
@@ -132,7 +136,7 @@ def launch_autocast(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) ->
     relu, _ = activations()
     weight, bias, g = torch.empty((N, K)), torch.empty(N), torch.empty((M, N), dtype=dtype)
     for x in (torch.empty((M, K)), torch.empty((M, K), dtype=dtype)):
-        shape = tiles.whole_batch_tiles(M, K, x.element_size())
+        shape = tiles.whole_batch_tiles(M, K, x.element_size(), False)
         forward_whole_batch(x, weight, bias, norm_of("batch", N), relu, shape, "ieee", True, dtype)
         for norm in ("none", "running"):
             shape = tiles.linear_tiles(M, N, weight.element_size(), norm == "running", False, gpu.multiprocessors)
