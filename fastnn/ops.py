@@ -96,7 +96,7 @@ def _our_product(
     if norm.mode == "batch":
         strips = tiles.linear_statistics_tiles(M, N, itemsize, split, descriptors, multiprocessors)
         return launch.forward_linear_statistics(x, weight, bias, norm, epilogue, strips, precision)
-    shape = tiles.linear_tiles(M, N, itemsize, norm.mode == "running", descriptors, multiprocessors)
+    shape = tiles.linear_tiles(M, N, K, itemsize, norm.mode == "running", descriptors, multiprocessors)
     out, z = launch.forward_linear(x, weight, bias, norm, epilogue, shape, precision, save, dtype)
     return out, z, None
 

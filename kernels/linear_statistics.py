@@ -3,11 +3,12 @@
     z = x Wᵀ + bias        mean and centred sum of squares of every column of z, strip by strip of its rows
 
 x (M, K), W (N, K), z (M, N). The statistics are of z as stored. Programs are persistent: one has a strip of rows and
-every lanes-th column tile, combines the statistics of its tiles in registers (Chan, Golub & LeVeque 1983), and so
-leaves one partial a column and strip, which batch_norm.apply_kernel combines.
+every lanes-th column tile, sums over all of a strip, and so leaves one partial a column and strip, which
+batch_norm.apply_kernel combines. Sums are of the distances from the mean of the strip's first tile, itself of those
+rows: where it lies far off, that loses as many eps as the strip has tiles, and they are no more.
 
-The product is transposed, W xᵀ: a tensor core's result lies in registers with most of a row in each thread, so that
-the sums over a column of z cost 8 shuffles a tile of 128 x 128 on sm_90, where those down its columns cost 768.
+The product is transposed, W xᵀ: tensor cores leave most of a row of it in each thread, so that a sum over a column of
+z costs 4 shuffles a tile of 128 x 128 on sm_90, and down the columns of x Wᵀ 96.
 
 Accesses of (M, N) in device memory: W z here, R z and W out in the apply launch.
 """

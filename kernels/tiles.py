@@ -107,13 +107,17 @@ class LinearTiles:
     registers: int = MAX_REGISTERS
 
 
-def linear_tiles(M: int, N: int, itemsize: int, folded: bool, descriptors: bool, multiprocessors: int) -> LinearTiles:
-    """128 x 128 where that fills the machine (96 KiB of shared memory at most), else 64 x 64 or less.
+def linear_tiles(
+    M: int, N: int, K: int, itemsize: int, folded: bool, descriptors: bool, multiprocessors: int
+) -> LinearTiles:
+    """128 x 128 of 16 bits where that fills the machine (96 KiB of shared memory at most), else 64 x 64 or less.
 
-    Half as wide where BatchNorm is folded in: a thread holds that many columns' parameters, and 128 spill.
+    Half as wide where BatchNorm is folded in: a thread holds that many columns' parameters, and 128 spill. So does an
+    address an element, where rows of K allow no access of 8 bytes.
     """
     rows, cols, num_warps = 64, 64, 4
-    if math.ceil(M / 128) * math.ceil(N / 128) >= multiprocessors and itemsize == 2:
+    fills = math.ceil(M / 128) * math.ceil(N / 128) >= multiprocessors
+    if fills and itemsize == 2 and K * itemsize % 8 == 0:
         rows, cols, num_warps = 128, 128, 8
     rows = max(16, min(rows, power_of_two_at_least(M)))
     cols = max(16, min(cols // 2 if folded else cols, power_of_two_at_least(N)))
@@ -163,8 +167,15 @@ def linear_statistics_tiles(
         cols, num_warps, registers = 128, 8, 128
     product = LinearTiles(rows, cols, LINE_BYTES // itemsize, num_warps, 3, descriptors, registers)
     lanes = min(MAX_LANES, math.ceil(N / cols))
-    strips = min(MAX_CHUNKS, math.ceil(M / rows), max(1, 2 * multiprocessors // lanes))
+    strips = _strips(math.ceil(M / rows), lanes, multiprocessors)
     return StripTiles(product, lanes, _chunks(M, rows, strips, _line_of_columns(N, itemsize)))
+
+
+def _strips(row_tiles: int, lanes: int, multiprocessors: int) -> int:
+    """Of two programs a multiprocessor and of the most strips, the number that loads none with more tiles."""
+    most = min(MAX_CHUNKS, row_tiles)
+    resident = min(most, max(1, 2 * multiprocessors // lanes))
+    return min(resident, most, key=lambda n: math.ceil(n * lanes / multiprocessors) * math.ceil(row_tiles / n))
 
 
 def linear_backward_tiles(itemsize: int) -> LinearTiles:

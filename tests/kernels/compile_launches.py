@@ -35,7 +35,7 @@ from fastnn.kernels.launch import (
 COLUMNS_SHAPES = ((64, 100), (1024, 1024), (10_000, 4096), (1024, 501))
 # Few rows of a tail; the most chunks, so the largest table of partials.
 SPLIT_SHAPES = ((64, 100), (380_000, 512))
-LINEAR_SHAPES = ((64, 100, 784), (1024, 501, 343), (2048, 2048, 2048))
+LINEAR_SHAPES = ((64, 100, 784), (10_000, 501, 343), (10_000, 500, 500), (2048, 2048, 2048))
 # Tiles of full height; a last tile that ends within sixteen rows; tiles that leave multiprocessors idle.
 EPILOGUE_SHAPES = ((80_000, 1024, 128), (80_001, 1024, 128), (2048, 400, 400))
 # What dispatch.product_precision finds on a GPU; TF32 first, of which bench_compiled.py shows the first.
@@ -99,7 +99,7 @@ def launch_linear(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> N
     relu, _ = activations()
     x, weight, bias = torch.empty((M, K), dtype=dtype), torch.empty((N, K), dtype=dtype), torch.empty(N, dtype=dtype)
     plain, folded = (
-        tiles.linear_tiles(M, N, x.element_size(), fold, descriptors_serve(x, weight, gpu), gpu.multiprocessors)
+        tiles.linear_tiles(M, N, K, x.element_size(), fold, descriptors_serve(x, weight, gpu), gpu.multiprocessors)
         for fold in (False, True)
     )
     for precision in PRECISIONS[dtype]:
@@ -139,7 +139,7 @@ def launch_autocast(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) ->
         shape = tiles.whole_batch_tiles(M, K, x.element_size(), False)
         forward_whole_batch(x, weight, bias, norm_of("batch", N), relu, shape, "ieee", True, dtype)
         for norm in ("none", "running"):
-            shape = tiles.linear_tiles(M, N, weight.element_size(), norm == "running", False, gpu.multiprocessors)
+            shape = tiles.linear_tiles(M, N, K, weight.element_size(), norm == "running", False, gpu.multiprocessors)
             forward_linear(x, weight, bias, norm_of(norm, N), relu, shape, "ieee", norm == "none", dtype)
         backward_linear(g, x, weight, bias, True, tiles.linear_backward_tiles(weight.element_size()), "ieee")
 
@@ -148,7 +148,7 @@ def launch_eval(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> Non
     """BatchNorm folded into the GEMM; in fp32 by TF32, as without it the library's GEMM serves."""
     x, weight = torch.empty((M, K), dtype=dtype), torch.empty((N, K), dtype=dtype)
     descriptors = descriptors_serve(x, weight, gpu)
-    shape = tiles.linear_tiles(M, N, x.element_size(), True, descriptors, gpu.multiprocessors)
+    shape = tiles.linear_tiles(M, N, K, x.element_size(), True, descriptors, gpu.multiprocessors)
     precision = "tf32" if dtype == torch.float32 else "ieee"
     forward_linear(x, weight, None, norm_of("running", N), Epilogue("relu"), shape, precision, False)
 

@@ -29,6 +29,34 @@ def test_tiles_cover_the_rows_and_keep_their_limits(M, N, itemsize, multiprocess
             assert found.chunks == 1
 
 
+@given(
+    M=sizes,
+    N=st.integers(1, 20_000),
+    itemsize=st.sampled_from([2, 4]),
+    split=st.booleans(),
+    descriptors=st.booleans(),
+    multiprocessors=st.integers(8, 200),
+)
+def test_strips_cover_the_rows_and_leave_few_partials(M, N, itemsize, split, descriptors, multiprocessors):
+    found = tiles.linear_statistics_tiles(M, N, itemsize, split, descriptors, multiprocessors)
+    strips, rows = found.apply.chunks, found.apply.rows_per_chunk
+    assert (strips - 1) * rows < M <= strips * rows
+    assert rows % found.product.rows == 0  # a strip ends within a tile only where the batch does
+    assert rows % found.apply.rows == 0
+    assert strips <= tiles.MAX_CHUNKS
+    assert found.lanes <= -(-N // found.product.cols)
+    assert found.product.registers * 32 * found.product.num_warps * 2 <= 65536  # of a multiprocessor, for two programs
+
+
+def test_strips_of_published_shapes_fill_the_machine():
+    for M, N, tile in ((80_000, 1024, (128, 128)), (10_000, 504, (128, 128)), (5008, 104, (64, 64))):
+        found = tiles.linear_statistics_tiles(M, N, 2, False, True, 132)
+        assert (found.product.rows, found.product.cols) == tile
+        tiles_of_one = found.apply.rows_per_chunk // tile[0] * -(-N // tile[1]) // found.lanes
+        most = -(-found.apply.chunks * found.lanes // 132) * tiles_of_one
+        assert most <= 1.3 * -(-(-(-M // tile[0]) * -(-N // tile[1])) // 132)
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_a_column_up_to_1024_rows_stays_in_registers(itemsize):
     for M in (2, 64, 512, 1000, 1024):
