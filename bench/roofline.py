@@ -85,9 +85,10 @@ def block(
     if _reads_fp32(M, K, N, dtype, implementation):
         product, operands = Kernel(product.flops, product.bytes + 2 * (M * K + N * K)), []
     forward, backward = POINTWISE.get(implementation, _compile)(M, N, itemsize, p)
-    forward = [product, *forward]
-    if ours and dispatch.batch_norm_plan(M, N, K, COMPUTED[dtype], gpu.DEVICE) == "whole_batch":
-        forward = [_together(product, out)]
+    plan = dispatch.batch_norm_plan(M, N, K, COMPUTED[dtype], gpu.DEVICE) if ours else ""
+    if plan == "epilogue":
+        forward = _passes(M, N, itemsize, 2)
+    forward = [_together(product, out)] if plan == "whole_batch" else [product, *forward]
     products = [product] * (1 + inner)
     if ours and inner and dispatch.linear_backward_plan(M, N, K) == "grouped":
         products = [_together(*products)]
