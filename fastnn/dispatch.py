@@ -29,6 +29,7 @@ MAX_FEATURES = 1 << 20  # a tile's offsets are 32-bit: rows of a tile (<= 1024) 
 
 # Costs of the whole-batch plan that are about a launch's 2 µs, by the figures of an H100; not yet measured.
 WHOLE_BATCH_REREAD = 8 << 20  # bytes of x from L2, at 5 TB/s
+WHOLE_BATCH_SPLIT = 1 << 17  # multiply-adds a column of split operands, of which a multiprocessor makes 400 a ns
 # Up to that depth an access of z (4.8 TB/s) pays for a product at three quarters of the library's rate (0.8 PFLOP/s
 # of 16 bits, 0.4 of TF32; of full fp32 the library's has no tensor cores), by the figures of an H200; not yet measured.
 EPILOGUE_DEPTH = 512
@@ -191,7 +192,7 @@ def batch_norm_plan(M: int, N: int, K: int, dtype: torch.dtype, device: torch.de
     if tiles.whole_batch_rows(split) < M:
         return general
     reread = math.ceil(N / tiles.whole_batch_tiles(M, K, dtype.itemsize, split).cols) * M * K * dtype.itemsize
-    fits = reread <= WHOLE_BATCH_REREAD
+    fits = reread <= WHOLE_BATCH_REREAD and (not split or M * K <= WHOLE_BATCH_SPLIT)
     return _pick("whole_batch", "columns", "split", "epilogue") if fits else _pick(general, "whole_batch")
 
 

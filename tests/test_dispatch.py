@@ -103,7 +103,8 @@ def test_statistics_plan_of_published_shapes(M, N, itemsize, plan):
         (64, 100, 784, torch.float32, "whole_batch"),
         (64, 100, 784, torch.bfloat16, "whole_batch"),
         (512, 100, 784, torch.bfloat16, "whole_batch"),  # x is read 7 times: 5.6 MB
-        (256, 100, 784, torch.float32, "whole_batch"),
+        (128, 100, 784, torch.float32, "whole_batch"),
+        (256, 100, 784, torch.float32, "columns"),  # 200 000 multiply-adds a column, six products each
         (300, 100, 100, torch.float32, "columns"),  # more rows than a tile of split operands
         (1024, 100, 100, torch.bfloat16, "columns"),  # more rows than a tile
         (256, 4096, 256, torch.bfloat16, "columns"),  # x is read 256 times: 34 MB
