@@ -63,7 +63,8 @@ def linear_statistics_kernel(
             tl.store(z_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :], z.T, mask=mask)
             z, exists = z.to(tl.float32), rows < end
             if row == begin:
-                centre += row_sums(z, centre, exists)[0] / tl.minimum(end - row, ROWS)
+                mean = row_sums(z, centre, exists)[0] / tl.minimum(end - row, ROWS)
+                centre = tl.where(tl.abs(mean) < float("inf"), mean, 0.0)  # no distance is a number from inf
             tile_sum, tile_squares = row_sums(z, centre, exists)
             total += tile_sum
             squares += tile_squares

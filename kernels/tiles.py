@@ -158,10 +158,11 @@ def linear_statistics_tiles(
 
     A thread of 8 warps has 64 numbers of a tile of 128 x 128 and 128 registers, which suffice for 16 bits where
     descriptors copy the operands. Else tiles are half as wide, for half the warps; and half as high where masks
-    of single rows, or splitting beside addresses, would spill, or the tiles would leave multiprocessors idle.
+    of single rows or splitting would spill (or, with Triton 3.6, take more tensor memory than sm_100 has), or the tiles
+    would leave multiprocessors idle.
     """
     rows, cols, num_warps, registers = 128, 64, 4, MAX_REGISTERS
-    if (split and not descriptors) or row_multiple(M) == 1 or math.ceil(M / 128) * math.ceil(N / 64) < multiprocessors:
+    if split or row_multiple(M) == 1 or math.ceil(M / 128) * math.ceil(N / 64) < multiprocessors:
         rows = 64
     elif descriptors and itemsize == 2 and math.ceil(M / 128) * math.ceil(N / 128) >= multiprocessors:
         cols, num_warps, registers = 128, 8, 128

@@ -35,7 +35,7 @@ from fastnn.kernels.launch import (
 COLUMNS_SHAPES = ((64, 100), (1024, 1024), (10_000, 4096), (1024, 501))
 # Few rows of a tail; the most chunks, so the largest table of partials.
 SPLIT_SHAPES = ((64, 100), (380_000, 512))
-LINEAR_SHAPES = ((64, 100, 784), (10_000, 501, 343), (10_000, 500, 500), (2048, 2048, 2048))
+LINEAR_SHAPES = ((64, 100, 784), (512, 101, 343), (10_000, 501, 343), (10_000, 500, 500), (2048, 2048, 2048))
 # Tiles of full height; a last tile that ends within sixteen rows; tiles that leave multiprocessors idle.
 EPILOGUE_SHAPES = ((80_000, 1024, 128), (80_001, 1024, 128), (2048, 400, 400))
 # What dispatch.product_precision finds on a GPU; TF32 first, of which bench_compiled.py shows the first.
@@ -102,7 +102,7 @@ def launch_linear(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> N
         tiles.linear_tiles(M, N, K, x.element_size(), fold, descriptors_serve(x, weight, gpu), gpu.multiprocessors)
         for fold in (False, True)
     )
-    for precision in PRECISIONS[dtype]:
+    for precision in PRECISIONS[dtype][: None if M * N * K <= dispatch.SPLIT_PRODUCT else 1]:
         forward_linear(x, weight, bias, Norm("none"), relu, plain, precision, True)
         forward_linear(x, weight, None, norm_of("running", N), relu, folded, precision, False)
 

@@ -15,7 +15,7 @@ CASES = {
     "split": Block(600, 3, 70, p=0.5),
     "apply": Block(200, 3, 70, norm="running", p=0.5),
     "epilogue": Block(150, 9, 140, norm="none", bias=True, p=0.5),
-    "epilogue with statistics": Block(600, 8, 140, bias=True, p=0.5),
+    "epilogue with statistics": Block(300, 8, 140, bias=True, p=0.5),
 }
 
 
