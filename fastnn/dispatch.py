@@ -237,9 +237,9 @@ def product_precision(dtype: torch.dtype) -> str:
     """input_precision of tl.dot for a product computed in dtype.
 
     Where torch's settings ask for full fp32, tensor cores sum six of the nine products of two numbers split into three
-    bf16 parts each. By a bit-exact model of the tensor cores of an A100 and an H100 (steps of 32 in depth, K from 16 to
-    8192) that is at most 0.89 times as far from float64 as a chain of fused multiply-adds; three products of TF32
-    parts are up to 2.8 times as far.
+    bf16 parts each. By a model of the tensor cores of an A100 and an H100 (normal and positive operands, K from 16 to
+    8192 in steps of 32) that is at most 0.89 times as far from float64 as a chain of fused multiply-adds; three
+    products of TF32 parts are up to 2.8 times as far.
     """
     if dtype == torch.float32 and fp32_precision() == "tf32":
         return "tf32"
