@@ -89,9 +89,9 @@ def _our_product(
     x, weight = input.contiguous(), weight.contiguous()
     precision, split = dispatch.product_precision(dtype), dispatch.splits(dtype)
     if plan == "whole_batch":
-        shape = tiles.whole_batch_tiles(M, K, x.element_size(), split)
+        shape = tiles.whole_batch_tiles(M, K, max(x.element_size(), dtype.itemsize), split)
         return launch.forward_whole_batch(x, weight, bias, norm, epilogue, shape, precision, save, dtype)
-    itemsize, multiprocessors = _widest(x, weight), dispatch.machine(x.device).multiprocessors
+    itemsize, multiprocessors = max(_widest(x, weight), dtype.itemsize), dispatch.machine(x.device).multiprocessors
     descriptors = _are_of(dtype, x, weight) and dispatch.copies_tiles(x, weight)
     if norm.mode == "batch":
         strips = tiles.linear_statistics_tiles(M, N, itemsize, split, descriptors, multiprocessors)
@@ -167,8 +167,8 @@ def _linear_backward(
         shape, precision = tiles.linear_backward_tiles(_widest(input, weight)), dispatch.product_precision(dz.dtype)
         return launch.backward_linear(dz, input.contiguous(), weight.contiguous(), bias, needs_input, shape, precision)
     return (
-        torch.mm(dz, weight, out=torch.empty_like(input)) if needs_input else None,
-        torch.mm(dz.t(), input, out=torch.empty_like(weight)) if needs_weight else None,
+        torch.mm(dz, weight, out=input.new_empty(input.shape)) if needs_input else None,
+        torch.mm(dz.t(), input, out=weight.new_empty(weight.shape)) if needs_weight else None,
         None if bias is None else dz.sum(0),
     )
 
@@ -177,7 +177,7 @@ def _block_backward_fake(
     grad, input, weight, bias, gamma, beta, z, stats, seed, norm, activation, a, b, p, needs_linear
 ):
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
-        return torch.empty_like(tensor) if needed and tensor is not None else input.new_empty(0)
+        return input.new_empty(0) if tensor is None or not needed else tensor.new_empty(tensor.shape)
 
     needs_input, needs_weight, needs_bias = needs_linear
     dinput = input.new_empty(input.shape) if weight is None else like(input, needs_input)
@@ -231,7 +231,10 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         batch_norm = reference.BatchNorm(weight=gamma, bias=beta, eps=ctx.eps)
     elif ctx.norm == "running":
         running_var = stats[1].reciprocal().square() - ctx.eps
-        batch_norm = reference.BatchNorm(stats[0], running_var, gamma, beta, training=False, eps=ctx.eps)
+        stored = next((t.dtype for t in (gamma, beta) if t is not None), torch.float32)  # torch's wants them alike
+        batch_norm = reference.BatchNorm(
+            stats[0].to(stored), running_var.to(stored), gamma, beta, None, False, 0, ctx.eps
+        )
     activation, a, b, p = ctx.epilogue
     input, weight, bias = (_cast(t, ctx.dtype) for t in (input, weight, bias))
     out = reference.block(input, weight, bias, batch_norm, activation, a, b, p, seed)

@@ -57,7 +57,14 @@ def combine(count, mean, rest, m2):
     pooled = column_sum(mean * count) / total
     deviation = mean - pooled[None, :] + rest
     pooled_rest = column_sum(count * deviation) / total
-    return pooled, pooled_rest, column_sum(m2 + count * deviation * deviation) - total * pooled_rest * pooled_rest
+    spread = column_sum(m2 + count * deviation * deviation)
+    return pooled, pooled_rest, centred(spread, total * pooled_rest * pooled_rest)
+
+
+@triton.jit
+def centred(squares, surplus):
+    """A sum of squares about a point, less what that point's distance from the mean adds; inf where both are."""
+    return tl.where(surplus < float("inf"), squares - surplus, squares)
 
 
 @triton.jit

@@ -103,7 +103,11 @@ def _operands(x: torch.Tensor, weight: torch.Tensor, tiles: LinearTiles) -> tupl
     if not tiles.descriptors:
         return x, weight
     x_part, weight_part = [tiles.rows, tiles.depth], [tiles.cols, tiles.depth]
-    return TensorDescriptor.from_tensor(x, x_part), TensorDescriptor.from_tensor(weight, weight_part)
+    strides = [x.shape[1], 1]  # not the tensors' own, of which that of a dimension of 1 may be anything
+    return (
+        TensorDescriptor(x, [*x.shape], strides, x_part),
+        TensorDescriptor(weight, [*weight.shape], strides, weight_part),
+    )
 
 
 def _count_before(norm: Norm) -> None:

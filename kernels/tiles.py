@@ -154,7 +154,8 @@ class StripTiles(NamedTuple):
 def linear_statistics_tiles(
     M: int, N: int, itemsize: int, split: bool, descriptors: bool, multiprocessors: int
 ) -> StripTiles:
-    """Two programs a multiprocessor, so that one's statistics run beside the other's product.
+    """Two programs a multiprocessor, so that one's statistics run beside the other's product; 64 columns or more, as
+    tensor cores take so many rows of the transposed product.
 
     A thread of 8 warps has 64 numbers of a tile of 128 x 128 and 128 registers, which suffice for 16 bits where
     descriptors copy the operands. Else tiles are half as wide, for half the warps; and half as high where masks
@@ -162,12 +163,15 @@ def linear_statistics_tiles(
     would leave multiprocessors idle.
     """
     rows, cols, num_warps, registers = 128, 64, 4, MAX_REGISTERS
-    if split or row_multiple(M) == 1 or math.ceil(M / 128) * math.ceil(N / 64) < multiprocessors:
+    fills = math.ceil(M / 128) * math.ceil(N / 64) >= multiprocessors
+    descriptors = descriptors and fills  # below, making two costs the host as much as a launch
+    if split or row_multiple(M) == 1 or not fills:
         rows = 64
     elif descriptors and itemsize == 2 and math.ceil(M / 128) * math.ceil(N / 128) >= multiprocessors:
         cols, num_warps, registers = 128, 8, 128
     product = LinearTiles(rows, cols, LINE_BYTES // itemsize, num_warps, 3, descriptors, registers)
-    lanes = min(MAX_LANES, math.ceil(N / cols))
+    col_tiles = math.ceil(N / cols)
+    lanes = math.ceil(col_tiles / math.ceil(col_tiles / MAX_LANES))  # of as many tiles each as can be
     strips = _strips(math.ceil(M / rows), lanes, multiprocessors)
     return StripTiles(product, lanes, _chunks(M, rows, strips, _line_of_columns(N, itemsize)))
 

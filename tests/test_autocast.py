@@ -206,7 +206,7 @@ def test_traced_calls_cast_outside_and_compile_at_most_twice():
 
     def backend(graph, examples):
         frames.append(graph)
-        calls.extend(node for node in graph.graph.nodes if "to" in str(node.target))
+        calls.append(sum(node.op == "call_method" and node.target == "to" for node in graph.graph.nodes))
         return graph.forward
 
     compiled = torch.compile(model, backend=backend, fullgraph=True)
@@ -214,7 +214,7 @@ def test_traced_calls_cast_outside_and_compile_at_most_twice():
         with torch.autocast("cpu", torch.bfloat16):
             assert compiled(torch.randn(M, 7)).dtype == torch.bfloat16
     assert len(frames) <= 2
-    assert calls
+    assert min(calls) >= 3  # of the input and two weights
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in reduce:RuntimeWarning")  # numpy's, of inf - inf

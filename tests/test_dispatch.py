@@ -140,8 +140,17 @@ def test_descriptors_copy_rows_of_16_byte_multiples_at_such_addresses(monkeypatc
     assert dispatch.copies_tiles(x, weight)
     assert not dispatch.copies_tiles(x[:, 1:], weight[:, 1:])
     assert not dispatch.copies_tiles(x, torch.empty(24 * 40 + 1)[1:].view(24, 40))
-    monkeypatch.setattr(dispatch, "machine", lambda device: dispatch.Machine(108, 40 << 20, False))
+    monkeypatch.setattr(dispatch, "machine", lambda device: dispatch.Machine(108, 40 << 20, (8, 0)))
     assert not dispatch.copies_tiles(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "plan"),
+    [((8, 0), torch.float32, "epilogue"), ((8, 9), torch.float32, "split"), ((8, 9), torch.bfloat16, "epilogue")],
+)
+def test_full_fp32_takes_our_product_where_tensor_cores_are_six_times_as_fast(capability, dtype, plan, monkeypatch):
+    monkeypatch.setattr(dispatch, "machine", lambda device: dispatch.H100._replace(capability=capability))
+    assert dispatch.batch_norm_plan(80_000, 1024, 128, dtype, CPU) == plan
 
 
 def test_several_plans_are_forced_each_where_it_serves():

@@ -55,6 +55,14 @@ def test_backward_op_passes_opcheck(norm, linear, needs):
     torch.library.opcheck(torch.ops.fastnn.block_backward.default, backward)
 
 
+@pytest.mark.parametrize("plan", ["grouped", "library"])
+def test_gradients_of_transposed_operands_pass_opcheck(plan):
+    x, weight, dz = torch.randn(8, 20).t(), torch.randn(8, 6).t(), torch.randn(20, 6)
+    given = (dz, x, weight, None, None, None, dz, dz.new_empty(0), None, "none", "relu", 0.0, 0.0, 0.0)
+    with dispatch.forced_plan(plan):
+        torch.library.opcheck(torch.ops.fastnn.block_backward.default, (*given, (True, True, False)))
+
+
 def mlp(p=0.5):
     return fastnn.nn.MLP(7, [16, 16, 3], norm_layer=torch.nn.BatchNorm1d, dropout=p)
 
@@ -210,3 +218,18 @@ def test_buffers_moved_by_the_kernels_count_as_changed():
     versions = [t._version for t in arguments[5:8]]
     torch.ops.fastnn.block_forward(*arguments)
     assert all(t._version > version for t, version in zip(arguments[5:8], versions, strict=True))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_double_backward_through_16_bit_running_statistics(affine):
+    norm = torch.nn.BatchNorm1d(6, affine=affine)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    layers = [torch.nn.Linear(8, 6), norm, torch.nn.Tanh()]
+    x, g, found = torch.randn(5, 8), torch.randn(5, 6), []
+    for dtype, container in ((torch.bfloat16, fastnn.nn.Sequential), (torch.float64, torch.nn.Sequential)):
+        model = container(*layers).to(torch.bfloat16).to(dtype).eval()
+        leaf = x.bfloat16().to(dtype).requires_grad_()
+        (gradient,) = torch.autograd.grad(model(leaf), leaf, g.to(dtype), create_graph=True)
+        found.append(torch.autograd.grad(gradient.square().sum(), leaf)[0])
+    torch.testing.assert_close(found[0].double(), found[1], rtol=0.1, atol=0.1 * found[1].abs().max().item())

@@ -197,7 +197,7 @@ def cases(capability: int, selection: list[str]) -> list[tuple]:
 
 def main(capability: int, *selection: str) -> None:
     rows, seen = [], set()
-    gpu = dispatch.H100._replace(multiprocessors=MULTIPROCESSORS[capability], copies_tiles=capability >= 90)
+    gpu = dispatch.H100._replace(multiprocessors=MULTIPROCESSORS[capability], capability=divmod(capability, 10))
     with stand_in_driver(capability) as launches:
         for case, launch, shape, dtype in cases(capability, [*selection]):
             launch(*shape, dtype, gpu)

@@ -6,6 +6,7 @@ from support.blocks import PLANS, Block
 from support.numerics import judge, judge_once
 
 from fastnn import dispatch
+from fastnn.kernels import tiles
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -24,6 +25,23 @@ def test_streamed_rows_are_as_accurate_as_eager(plan, device):
     block = Block(1100, 9, 9, linear=plan == "epilogue", p=0.3, device=device)
     with dispatch.forced_plan(plan):
         judge(block.ours, block.eager, block.draw, block.axes, draws=16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M", [208, 215])
+def test_programs_of_several_tiles_each_way(M, dtype, device, monkeypatch):
+    """As of tall and wide batches: strips of several tiles, of which the first lies far off, and lanes of several."""
+    monkeypatch.setattr(dispatch, "machine", lambda device: dispatch.H100._replace(multiprocessors=1))
+    monkeypatch.setattr(tiles, "MAX_LANES", 2)
+    # Without a gate, as gates are decided for the x that is drawn.
+    block = Block(M, 16, 264, dtype, bias=True, activation="identity", p=0.3, device=device)
+    found = tiles.linear_statistics_tiles(M, 264, dtype.itemsize, dispatch.splits(dtype), True, 1)
+    assert found.apply.rows_per_chunk > found.product.rows
+    assert found.lanes * found.product.cols < 264
+    inputs = block.draw(torch.Generator().manual_seed(3))
+    inputs["x"][:64] += 30
+    with dispatch.forced_plan("epilogue"):
+        judge_once(block.ours, block.eager, inputs, block.axes)
 
 
 SHAPES = ((2, 1, 1), (2, 3, 7), (3, 5, 8), (17, 8, 33), (64, 16, 64), (129, 31, 40), (257, 4, 101))

@@ -28,6 +28,19 @@ def test_shapes(norm, shape, dtype, device):
         judge_once(block.ours, block.eager, block.draw(torch.Generator().manual_seed(2)), block.axes)
 
 
+@pytest.mark.parametrize(("M", "N", "norm"), [(1, 200, "running"), (300, 1, "batch")])
+def test_a_dimension_of_one_may_have_any_stride(M, N, norm, device, monkeypatch):
+    """It is contiguous all the same; descriptors, where tiles fill the machine, want rows of 16-byte multiples."""
+    monkeypatch.setattr(dispatch, "machine", lambda device: dispatch.H100._replace(multiprocessors=1))
+    block = Block(M, 8, N, torch.float16, norm, grads=False, device=device)
+    inputs = block.draw(torch.Generator().manual_seed(4))
+    name = "x" if M == 1 else "weight"
+    wide = torch.empty(1, 9, dtype=torch.float16, device=device)
+    wide[:, :8] = inputs[name]
+    with dispatch.forced_plan("epilogue"):
+        judge_once(lambda given: block.ours({**given, name: wide[:, :8]}), block.eager, inputs, {})
+
+
 @pytest.mark.parametrize("mean", [0.0, 1.0])
 @pytest.mark.parametrize("K", [32, 784, 2048])
 def test_deep_products_are_as_accurate_as_the_librarys(K, mean, device):
