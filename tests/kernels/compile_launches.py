@@ -138,6 +138,8 @@ def launch_autocast(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) ->
     for x in (torch.empty((M, K)), torch.empty((M, K), dtype=dtype)):
         shape = tiles.whole_batch_tiles(M, K, x.element_size(), False)
         forward_whole_batch(x, weight, bias, norm_of("batch", N), relu, shape, "ieee", True, dtype)
+        if M == 512:
+            continue  # the others' tiles are those of fewer rows
         for norm in ("none", "running"):
             shape = tiles.linear_tiles(M, N, K, weight.element_size(), norm == "running", False, gpu.multiprocessors)
             forward_linear(x, weight, bias, norm_of(norm, N), relu, shape, "ieee", norm == "none", dtype)
