@@ -47,24 +47,15 @@ def normalise(z, mean, scale, shift):
 
 
 @triton.jit
-def combine(count, mean, rest, m2):
-    """Chan's combination along axis 0 of groups with count (may be 0), mean, what it lost by rounding, and centred
-    sum of squares; returns the last three of all.
+def combine(total, count, mean, m2):
+    """Chan's combination along axis 0 of groups with count (may be 0; total in all), mean and centred sum of squares.
 
-    A mean of 1e4 rounds by 5e-4, which would stand in the variance twice the distance of the means times over.
+    Returns the mean, what it lost by rounding, and the sum of squares. A mean of 1e4 rounds by 5e-4, which in the next
+    combination would stand in the variance, twice the distance of the means times over.
     """
-    total = column_sum(count)
     pooled = column_sum(mean * count) / total
-    deviation = mean - pooled[None, :] + rest
-    pooled_rest = column_sum(count * deviation) / total
-    spread = column_sum(m2 + count * deviation * deviation)
-    return pooled, pooled_rest, centred(spread, total * pooled_rest * pooled_rest)
-
-
-@triton.jit
-def centred(squares, surplus):
-    """A sum of squares about a point, less what that point's distance from the mean adds; inf where both are."""
-    return tl.where(surplus < float("inf"), squares - surplus, squares)
+    deviation = mean - pooled[None, :]
+    return pooled, column_sum(count * deviation) / total, column_sum(m2 + count * deviation * deviation)
 
 
 @triton.jit
@@ -96,7 +87,7 @@ def stream_statistics(z_ptr, begin, end, N, col, ROWS: tl.constexpr, COLS: tl.co
     count = seen + exists.to(tl.float32)
     mean += delta / tl.where(exists, count, 1.0)
     m2 += delta * (z - mean)
-    return combine(count, mean, tl.zeros_like(mean), m2)
+    return combine(end - begin, count, mean, m2)
 
 
 @triton.jit
@@ -253,6 +244,29 @@ def load_partials(partials_ptr, part, parts: tl.constexpr, chunks, N, cols, CHUN
     return tl.load(partials_ptr + (parts * chunk + part) * N + cols[None, :], mask=mask, other=0.0)
 
 
+@triton.jit
+def rows_of_chunks(first, M, rows_per_chunk, CHUNKS: tl.constexpr, COLS: tl.constexpr):
+    counts = tl.minimum(M - (first + tl.arange(0, CHUNKS)) * rows_per_chunk, rows_per_chunk)
+    return tl.broadcast_to(tl.maximum(counts, 0)[:, None], (CHUNKS, COLS)).to(tl.float32)
+
+
+@triton.jit
+def load_statistics(partials_ptr, M, N, chunks, rows_per_chunk, cols, CHUNKS: tl.constexpr, COLS: tl.constexpr):
+    """Mean and centred sum of squares of all rows; CHUNKS partials at a time, as 128 at once take 144 registers."""
+    mean, m2 = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
+    for first in range(0, chunks, CHUNKS):
+        at = partials_ptr + 3 * first * N
+        counts = rows_of_chunks(first, M, rows_per_chunk, CHUNKS, COLS)
+        mean += column_sum(counts * load_partials(at, 0, 3, chunks - first, N, cols, CHUNKS)) / M
+    for first in range(0, chunks, CHUNKS):
+        at = partials_ptr + 3 * first * N
+        counts = rows_of_chunks(first, M, rows_per_chunk, CHUNKS, COLS)
+        deviation = load_partials(at, 0, 3, chunks - first, N, cols, CHUNKS) - mean[None, :]
+        deviation += load_partials(at, 1, 3, chunks - first, N, cols, CHUNKS)
+        m2 += column_sum(load_partials(at, 2, 3, chunks - first, N, cols, CHUNKS) + counts * deviation * deviation)
+    return mean, m2
+
+
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
 def apply_kernel(
     z_ptr,  # (M, N)
@@ -275,11 +289,7 @@ def apply_kernel(
     mean = load_columns(None, cols, N, 0.0)
     rstd = load_columns(None, cols, N, 1.0)
     if NORM == NORM_BATCH:
-        counts = tl.minimum(M - tl.arange(0, CHUNKS) * rows_per_chunk, rows_per_chunk)
-        counts = tl.broadcast_to(tl.maximum(counts, 0)[:, None], (CHUNKS, COLS)).to(tl.float32)
-        means = load_partials(partials_ptr, 0, 3, chunks, N, cols, CHUNKS)
-        rests = load_partials(partials_ptr, 1, 3, chunks, N, cols, CHUNKS)
-        mean, _, m2 = combine(counts, means, rests, load_partials(partials_ptr, 2, 3, chunks, N, cols, CHUNKS))
+        mean, m2 = load_statistics(partials_ptr, M, N, chunks, rows_per_chunk, cols, CHUNKS, COLS)
         rstd = reciprocal_sqrt(m2 / M + eps)
         if chunk == 0:
             move_running_statistics(mean, m2, running_mean_ptr, running_var_ptr, batches_ptr, cols, M, N, momentum,

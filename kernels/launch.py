@@ -142,8 +142,9 @@ def forward_split(z: torch.Tensor, norm: Norm, epilogue: Epilogue, tiles: Tiles)
     """(out, stats) of training-mode BatchNorm in two launches."""
     M, N = z.shape
     partials = _partials(z, tiles, 3)
+    options = _tile_options(z, tiles) | {"maxnreg": 128}  # for two programs of 8 warps a multiprocessor
     batch_norm.split_statistics_kernel[_grid(N, tiles)](
-        z, partials, norm.num_batches_tracked, M, N, tiles.rows_per_chunk, **_tile_options(z, tiles)
+        z, partials, norm.num_batches_tracked, M, N, tiles.rows_per_chunk, **options
     )
     return forward_apply(z, norm, epilogue, tiles, partials)
 
@@ -159,7 +160,7 @@ def forward_apply(
         z, out, norm.gamma, norm.beta, stats if norm.mode != "none" else None, partials,
         norm.running_mean, norm.running_var, norm.num_batches_tracked, *epilogue.seed_arguments(),
         M, N, tiles.chunks, tiles.rows_per_chunk, norm.factor, norm.eps, *epilogue.scalars(),
-        NORM=NORM_MODES[norm.mode], CUMULATIVE=norm.cumulative, CHUNKS=power_of_two_at_least(tiles.chunks),
+        NORM=NORM_MODES[norm.mode], CUMULATIVE=norm.cumulative, CHUNKS=min(32, power_of_two_at_least(tiles.chunks)),
         **epilogue.forward_constants(), **_tile_options(z, tiles),
     )  # fmt: skip
     return out, stats

@@ -17,7 +17,7 @@ Accesses of (M, N) in device memory: W z here, R z and W out in the apply launch
 import triton
 import triton.language as tl
 
-from .batch_norm import centred, count_batch, store_statistics
+from .batch_norm import count_batch, store_statistics
 from .casts import to_stored
 from .linear import product_tile
 from .tiles import aligned, load_columns
@@ -71,7 +71,8 @@ def linear_statistics_kernel(
             squares += tile_squares
         distance = total / (end - begin)
         mean = centre + distance
-        m2 = centred(squares, total * distance)
+        surplus = total * distance
+        m2 = tl.where(surplus < float("inf"), squares - surplus, squares)  # inf where both are
         store_statistics(partials_ptr, strip, mean, centre - mean + distance, m2, cols, N)
     if tl.program_id(0) == 0:
         count_batch(batches_ptr)

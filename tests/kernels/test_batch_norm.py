@@ -6,7 +6,7 @@ from support.blocks import PLANS, Block
 from support.numerics import judge, judge_once
 
 from fastnn import dispatch
-from fastnn.kernels import tiles
+from fastnn.kernels import launch, tiles
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,6 +42,19 @@ def test_programs_of_several_tiles_each_way(M, dtype, device, monkeypatch):
     inputs["x"][:64] += 30
     with dispatch.forced_plan("epilogue"):
         judge_once(block.ours, block.eager, inputs, block.axes)
+
+
+def test_more_partials_than_are_combined_at_a_time(device):
+    """40 chunks, 32 at a time, the last of them short."""
+    z = (1e4 + torch.randn(630, 8)).to(device)
+    mean, var = torch.zeros(8, device=device), torch.ones(8, device=device)
+    norm = launch.Norm("batch", running_mean=mean, running_var=var, momentum=1.0)
+    out, _ = launch.forward_split(z, norm, launch.Epilogue(), tiles.Tiles(16, 8, 40, 16, 1))
+    exact = z.double()
+    torch.testing.assert_close(mean.double(), exact.mean(0), rtol=1e-7, atol=0)
+    torch.testing.assert_close(var.double(), exact.var(0), rtol=2e-6, atol=0)
+    normalised = (exact - exact.mean(0)) / (exact.var(0, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(out.double(), normalised, rtol=0, atol=2e-3)  # an ulp of the mean
 
 
 SHAPES = ((2, 1, 1), (2, 3, 7), (3, 5, 8), (17, 8, 33), (64, 16, 64), (129, 31, 40), (257, 4, 101))
