@@ -53,11 +53,11 @@ def test_split_makes_11_accesses_and_rereads_nothing(M):
 def test_statistics_in_the_epilogue_save_split_one_of_its_reads():
     """W z | R z, W out, with the backward of either plan."""
     forward = ["linear_statistics_kernel", "apply_kernel"]
-    step = count_case("epilogue, then columns")
+    step = count_case("epilogue with columns")
     assert step.launches == forward + BACKWARD_COLUMNS
     assert (step.reads, step.writes, step.gemm, step.rereads) == (3, 3, 2, 0)
     assert step.accesses == 8
-    step = count_case("epilogue, then split")
+    step = count_case("epilogue with split")
     assert step.launches == forward + BACKWARD_SPLIT
     assert (step.accesses, step.rereads) == (10, 0)
 

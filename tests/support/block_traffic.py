@@ -30,8 +30,8 @@ TRAINING: dict[str, Case] = {
     "columns in registers": ("columns library", 100, 24, {}),
     "columns streamed": ("columns library", 1100, 12, {}),
     "split": ("split library", 100, 12, {}),
-    "epilogue, then columns": ("epilogue columns library", 100, 24, {}),
-    "epilogue, then split": ("epilogue split library", 100, 24, {}),
+    "epilogue with columns": ("epilogue columns library", 100, 24, {}),
+    "epilogue with split": ("epilogue split library", 100, 24, {}),
     "without BatchNorm": ("epilogue library", 100, 24, {"norm": "none", "bias": True}),
 }
 EVAL: dict[str, Case] = {
