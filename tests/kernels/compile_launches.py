@@ -41,7 +41,7 @@ EPILOGUE_SHAPES = ((80_000, 1024, 128), (80_001, 1024, 128), (2048, 400, 400))
 # What dispatch.product_precision finds on a GPU; TF32 first, of which bench_compiled.py shows the first.
 PRECISIONS = {torch.float32: ("tf32", "bf16x6"), torch.bfloat16: ("ieee",)}
 # The smallest and largest tiles of whole_batch_tiles; the larger ones also where no row of K is aligned.
-SMALL_SHAPES = ((64, 100, 784), (256, 501, 343), (512, 501, 343), (512, 104, 784))
+SMALL_SHAPES = ((64, 100, 784), (256, 104, 400), (256, 501, 343), (512, 501, 343), (512, 104, 784))
 
 
 def norm_of(mode: str, N: int) -> Norm:
