@@ -12,7 +12,7 @@ import torch
 
 from bench import gpu
 from bench.workloads import Workload
-from fastnn import dispatch
+from fastnn import plans
 
 LAUNCH_SECONDS = 2e-6  # assumed of a kernel that has nothing to do
 PERSISTENT_ROWS = 512  # from here on torch.compile splits a column's reduction
@@ -39,7 +39,7 @@ def _passes(M: int, N: int, itemsize: int, *accesses: int, masks: int = 0) -> li
 
 
 def _fastnn(M: int, N: int, itemsize: int, p: float) -> tuple[list[Kernel], list[Kernel]]:
-    columns = dispatch.statistics_plan(M, N, itemsize, gpu.DEVICE) == "columns"
+    columns = plans.statistics_plan(M, N, itemsize, gpu.DEVICE) == "columns"
     forward, backward = ((2,), (3,)) if columns else ((1, 2), (2, 3))
     return _passes(M, N, itemsize, *forward), _passes(M, N, itemsize, *backward)
 
@@ -69,7 +69,7 @@ def _reads_fp32(M: int, K: int, N: int, dtype: str, implementation: str) -> bool
     """Whether nothing is cast under autocast, as ours of small products round operands in registers."""
     if implementation != "fastnn" or dtype != "bf16":
         return False
-    return dispatch.rounds_operands(M, N, K, torch.bfloat16, gpu.DEVICE, "batch", True)
+    return plans.rounds_operands(M, N, K, torch.bfloat16, gpu.DEVICE, "batch", True)
 
 
 def block(
@@ -85,15 +85,15 @@ def block(
     if _reads_fp32(M, K, N, dtype, implementation):
         product, operands = Kernel(product.flops, product.bytes + 2 * (M * K + N * K)), []
     forward, backward = POINTWISE.get(implementation, _compile)(M, N, itemsize, p)
-    plan = dispatch.batch_norm_plan(M, N, K, COMPUTED[dtype], gpu.DEVICE) if ours else ""
+    plan = plans.batch_norm_plan(M, N, K, COMPUTED[dtype], gpu.DEVICE) if ours else ""
     if plan == "epilogue":
         forward = _passes(M, N, itemsize, 2)
     forward = [_together(product, out)] if plan == "whole_batch" else [product, *forward]
     products = [product] * (1 + inner)
-    if ours and inner and dispatch.linear_backward_plan(M, N, K) == "grouped":
+    if ours and inner and plans.linear_backward_plan(M, N, K) == "grouped":
         products = [_together(*products)]
     phases = {"forward": [*operands, *forward], "backward": [*backward, *products, *operands]}
-    folded = ours and dispatch.linear_plan(M, N, K, COMPUTED[dtype]) == "epilogue"
+    folded = ours and plans.linear_plan(M, N, K, COMPUTED[dtype]) == "epilogue"
     evaluated = [*operands, product] if folded else [*operands, product, *_passes(M, N, itemsize, 2)]
     return phases | {"training step": phases["forward"] + phases["backward"], "eval": evaluated}
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastnn
-from fastnn import dispatch, ops, reference
+from fastnn import dispatch, ops, plans, reference
 
 ROWS, IN, OUT, P = 70, 19, 24, 0.3
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -112,7 +112,7 @@ def block_errors(check: Check, dtype: torch.dtype, device: torch.device) -> Iter
     def fused(input: Tensor, weight: Tensor, bias: Tensor, norm: fastnn.functional.BatchNorm) -> Tensor:
         return ops.block(input, weight, bias, norm, key, "relu", 0.0, 0.0, P)
 
-    with dispatch.forced_plan(check.plan):
+    with plans.forced_plan(check.plan):
         ours = run_block(tensors, check, fused)
     theirs = run_block(tensors, check, eager)
     exact = run_block({name: t.double() for name, t in tensors.items()}, check, eager)

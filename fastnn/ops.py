@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import dispatch, plans, reference
 from .dispatch import launch, tiles
 
 _library = torch.library.Library("fastnn", "DEF")
@@ -68,7 +68,7 @@ def _forward_by_plan(
     z = input.contiguous() if weight is None else _library_linear(input, weight, bias)
     plan = "apply"
     if norm.mode == "batch":
-        plan = dispatch.statistics_plan(z.shape[0], z.shape[1], z.element_size(), z.device)
+        plan = plans.statistics_plan(z.shape[0], z.shape[1], z.element_size(), z.device)
     out, stats = getattr(launch, "forward_" + plan)(z, norm, epilogue, _tiles(plan, z))
     return out, None if weight is None else z, stats
 
@@ -83,11 +83,11 @@ def _our_product(
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
     """The same with the Linear's product in our kernel; None where the library's, then a pass over z, is the plan."""
     (M, K), N = input.shape, weight.shape[0]
-    plan = dispatch.forward_plan(M, N, K, dtype, input.device, norm.mode, save)
+    plan = plans.forward_plan(M, N, K, dtype, input.device, norm.mode, save)
     if plan not in ("whole_batch", "epilogue"):
         return None
     x, weight = input.contiguous(), weight.contiguous()
-    precision, split = dispatch.product_precision(dtype), dispatch.splits(dtype)
+    precision, split = plans.product_precision(dtype), plans.splits(dtype)
     if plan == "whole_batch":
         shape = tiles.whole_batch_tiles(M, K, max(x.element_size(), dtype.itemsize), split)
         return launch.forward_whole_batch(x, weight, bias, norm, epilogue, shape, precision, save, dtype)
@@ -145,7 +145,7 @@ def _block_backward(grad, input, weight, bias, gamma, beta, z, stats, seed, norm
             found = (*_linear_backward(grad.contiguous(), input, weight, bias, needs_input, needs_weight), None, None)
         else:
             z = input.contiguous() if weight is None else z
-            plan = dispatch.statistics_plan(z.shape[0], z.shape[1], z.element_size(), z.device)
+            plan = plans.statistics_plan(z.shape[0], z.shape[1], z.element_size(), z.device)
             dz, dgamma, dbeta, dbias = getattr(launch, "backward_" + plan)(
                 grad.contiguous(), z, None if norm == "none" else stats, launch.Norm(norm, gamma, beta),
                 launch.Epilogue(activation, a, b, p, seed), bias, _tiles(plan, z),
@@ -163,8 +163,8 @@ def _linear_backward(
     """Gradients by input, weight and, where it is given, bias."""
     (M, N), K = dz.shape, input.shape[1]
     saves = needs_input or bias is not None or not _are_of(dz.dtype, input, weight)
-    if needs_weight and saves and dispatch.linear_backward_plan(M, N, K) == "grouped":
-        shape, precision = tiles.linear_backward_tiles(_widest(input, weight)), dispatch.product_precision(dz.dtype)
+    if needs_weight and saves and plans.linear_backward_plan(M, N, K) == "grouped":
+        shape, precision = tiles.linear_backward_tiles(_widest(input, weight)), plans.product_precision(dz.dtype)
         return launch.backward_linear(dz, input.contiguous(), weight.contiguous(), bias, needs_input, shape, precision)
     return (
         torch.mm(dz, weight, out=input.new_empty(input.shape)) if needs_input else None,
@@ -255,7 +255,7 @@ def _operands(
     """
     N, K = weight.shape
     if weight.requires_grad or not save:
-        if dispatch.rounds_operands(input.shape[0], N, K, dtype, input.device, norm, save):
+        if plans.rounds_operands(input.shape[0], N, K, dtype, input.device, norm, save):
             return input, weight, bias
     return input.to(dtype), weight.to(dtype), _cast(bias, dtype)
 

@@ -134,7 +134,7 @@ def whole_batch_tiles(M: int, K: int, itemsize: int, split: bool) -> LinearTiles
     """All rows, 16 columns: the narrowest that tensor cores take, so that few columns still make many programs.
 
     A thread of 4 warps then loads its part of W in one 16-byte access. An address an element, where rows of K allow no
-    wide access, takes twice the threads, and so does splitting (dispatch.product_precision). A step is at most 32 KiB
+    wide access, takes twice the threads, and so does splitting (plans.product_precision). A step is at most 32 KiB
     of x, so that two of them fit the 99 KiB of every architecture.
     """
     rows = max(64, power_of_two_at_least(M))

@@ -10,7 +10,7 @@ from support.ops_log import OpsLog
 from torch import nn
 
 import fastnn
-from fastnn import dispatch
+from fastnn import dispatch, plans
 from fastnn.functional import BatchNorm, linear_batch_norm_act_dropout
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -124,7 +124,7 @@ def test_large_products_are_cast_outside(monkeypatch):
     ],
 )
 def test_whose_operands_are_rounded_in_registers(M, N, K, norm, save, rounds):
-    assert dispatch.rounds_operands(M, N, K, torch.bfloat16, torch.device("cpu"), norm, save) == rounds
+    assert plans.rounds_operands(M, N, K, torch.bfloat16, torch.device("cpu"), norm, save) == rounds
 
 
 @pytest.mark.parametrize("names", ["x", "weight", "bias", "gamma", "beta", "x+weight", "weight+bias", "x+bias+gamma"])

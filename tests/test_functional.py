@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.blocks import Block
 from support.numerics import judge_once
 
-from fastnn import dispatch, reference
+from fastnn import dispatch, plans, reference
 from fastnn.functional import BatchNorm, linear_batch_norm_act_dropout
 
 PLANS = ("columns", "split")
@@ -143,7 +143,7 @@ def test_expanded_gradient(plan):
 
     inputs = block.draw(torch.Generator().manual_seed(0))
     inputs["g"] = inputs["g"][:1].expand(33, 12).contiguous()
-    with dispatch.forced_plan(plan):
+    with plans.forced_plan(plan):
         judge_once(expanded(block.ours), block.eager, inputs, block.axes)
 
 
@@ -162,7 +162,7 @@ def test_any_shape(M, K, N, bias, affine, norm, activation, plan, p, dtype, seed
     floor = {name: factor * torch.finfo(dtype).eps * (M * N) ** 0.5 for name, factor in floor.items()}
     if norm != "batch":
         floor = {}
-    with dispatch.forced_plan(plan):
+    with plans.forced_plan(plan):
         judge_once(block.ours, block.eager, block.draw(torch.Generator().manual_seed(seed)), block.axes, floor=floor)
 
 

@@ -19,8 +19,9 @@ LAYERS = {
     "reference": {"activations"},
     "seeds": set(),
     "dispatch": {"kernels"},
-    "ops": {"dispatch", "reference", "kernels"},
-    "functional": {"ops", "seeds", "dispatch", "reference", "activations"},
+    "plans": {"dispatch", "kernels"},
+    "ops": {"plans", "dispatch", "reference", "kernels"},
+    "functional": {"ops", "seeds", "plans", "dispatch", "reference", "activations"},
     "runs": {"functional", "activations", "reference"},
     "memory": set(),
     "nn": {"runs", "functional", "dispatch", "kernels", "memory"},  # the last three for nn.utils

@@ -6,7 +6,7 @@ import torch._dynamo.testing
 from support.blocks import KEY, Block
 
 import fastnn
-from fastnn import dispatch, seeds
+from fastnn import plans, seeds
 
 pytestmark = [
     pytest.mark.real_empty,
@@ -59,7 +59,7 @@ def test_backward_op_passes_opcheck(norm, linear, needs):
 def test_gradients_of_transposed_operands_pass_opcheck(plan):
     x, weight, dz = torch.randn(8, 20).t(), torch.randn(8, 6).t(), torch.randn(20, 6)
     given = (dz, x, weight, None, None, None, dz, dz.new_empty(0), None, "none", "relu", 0.0, 0.0, 0.0)
-    with dispatch.forced_plan(plan):
+    with plans.forced_plan(plan):
         torch.library.opcheck(torch.ops.fastnn.block_backward.default, (*given, (True, True, False)))
 
 
@@ -206,10 +206,10 @@ def test_on_a_side_stream_seeds_are_drawn_on_the_device(monkeypatch):
 def test_forced_plan_reaches_the_kernels_and_is_undone():
     block = Block(40, 4, 8)
     inputs = block.draw(torch.Generator().manual_seed(0))
-    with dispatch.forced_plan("split"):
-        assert dispatch.statistics_plan(40, 8, 4, torch.device("cpu")) == "split"
+    with plans.forced_plan("split"):
+        assert plans.statistics_plan(40, 8, 4, torch.device("cpu")) == "split"
         block.ours(inputs)
-    assert dispatch.statistics_plan(40, 8, 4, torch.device("cpu")) == "columns"
+    assert plans.statistics_plan(40, 8, 4, torch.device("cpu")) == "columns"
 
 
 def test_buffers_moved_by_the_kernels_count_as_changed():

@@ -10,7 +10,7 @@ from bench import bench_block, bench_clipping, bench_mlp, bench_optimizers, gate
 from bench.models import Block
 from bench.selection import ModelCase, StepCase
 from bench.workloads import WORKLOADS
-from fastnn import dispatch
+from fastnn import plans
 from fastnn.kernels import launch
 
 BLOCK = ModelCase("tabular-odd", 1024, "fp32", "fastnn")
@@ -90,7 +90,7 @@ def test_a_wrong_kernel_is_named_and_neither_timed_nor_kept(name, spoil, named, 
     monkeypatch.setattr(launch, name, spoil(getattr(launch, name)))
     benchmark, rows = Benchmark(), []
     bench_block.prepared.cache_clear()
-    with dispatch.forced_plan("columns"), pytest.raises(AssertionError, match=named):
+    with plans.forced_plan("columns"), pytest.raises(AssertionError, match=named):
         bench_block.bench_block(BLOCK, None, benchmark, rows.append)
     assert not benchmark.timed
     assert rows == []

@@ -6,7 +6,7 @@ from support.optimizers import HAS_FUSED, SEVEN
 
 from bench import bench_block, bench_clipping, bench_mlp, bench_optimizers, measure, results, roofline
 from bench.workloads import PARAMETERS, WORKLOADS
-from fastnn import dispatch
+from fastnn import plans
 
 CASES = {
     "block": list(bench_block.cases()),
@@ -76,7 +76,7 @@ def test_ratios_are_of_rows_that_differ_in_the_implementation_alone():
 def test_the_model_moves_what_the_plans_are_counted_to_move(M, K, plan, accesses):
     """Beyond the three of its products, with which tests/kernels/test_accesses.py counts 7, 8, 11 and 10."""
     N, itemsize = 512, 4
-    assert dispatch.batch_norm_plan(M, N, K, torch.float32, bench_block.gpu.DEVICE) == plan
+    assert plans.batch_norm_plan(M, N, K, torch.float32, bench_block.gpu.DEVICE) == plan
     step = roofline.block(M, K, N, "fp32", 0.5, "fastnn")["training step"]
     assert sum(kernel.flops for kernel in step) == 3 * 2 * M * N * K
     products = 3 * itemsize * (M * K + N * K + M * N)

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from support.ahead_of_time import MULTIPROCESSORS, describe, stand_in_driver
 
-from fastnn import dispatch
+from fastnn import dispatch, plans
 from fastnn.activations import ACTIVATIONS
 from fastnn.dispatch import Machine
 from fastnn.kernels import tiles
@@ -38,7 +38,7 @@ SPLIT_SHAPES = ((64, 100), (380_000, 512))
 LINEAR_SHAPES = ((64, 100, 784), (512, 101, 343), (10_000, 501, 343), (10_000, 500, 500), (2048, 2048, 2048))
 # Tiles of full height; a last tile that ends within sixteen rows; tiles that leave multiprocessors idle.
 EPILOGUE_SHAPES = ((80_000, 1024, 128), (80_001, 1024, 128), (2048, 400, 400))
-# What dispatch.product_precision finds on a GPU; TF32 first, of which bench_compiled.py shows the first.
+# What plans.product_precision finds on a GPU; TF32 first, of which bench_compiled.py shows the first.
 PRECISIONS = {torch.float32: ("tf32", "bf16x6"), torch.bfloat16: ("ieee",)}
 # The smallest and largest tiles of whole_batch_tiles; the larger ones also where no row of K is aligned.
 SMALL_SHAPES = ((64, 100, 784), (256, 104, 400), (256, 501, 343), (512, 501, 343), (512, 104, 784))
@@ -102,7 +102,7 @@ def launch_linear(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> N
         tiles.linear_tiles(M, N, K, x.element_size(), fold, descriptors_serve(x, weight, gpu), gpu.multiprocessors)
         for fold in (False, True)
     )
-    for precision in PRECISIONS[dtype][: None if M * N * K <= dispatch.SPLIT_PRODUCT else 1]:
+    for precision in PRECISIONS[dtype][: None if M * N * K <= plans.SPLIT_PRODUCT else 1]:
         forward_linear(x, weight, bias, Norm("none"), relu, plain, precision, True)
         forward_linear(x, weight, None, norm_of("running", N), relu, folded, precision, False)
 

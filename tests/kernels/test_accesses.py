@@ -8,7 +8,7 @@ import torch
 from support.block_traffic import EVAL, TRAINING, K, Traffic, count_block
 from support.blocks import Block
 
-from fastnn import dispatch
+from fastnn import plans
 
 FORWARD_COLUMNS, FORWARD_SPLIT = ["columns_forward_kernel"], ["split_statistics_kernel", "apply_kernel"]
 BACKWARD_COLUMNS, BACKWARD_SPLIT = ["columns_backward_kernel"], ["split_sums_kernel", "split_dz_kernel"]
@@ -81,7 +81,7 @@ def test_of_activation_size_only_z_is_saved(plan):
     block = Block(100, K, 24, p=0.5)
     saved = []
     with (
-        dispatch.forced_plan(plan),
+        plans.forced_plan(plan),
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
     ):
         block.ours(block.draw(torch.Generator().manual_seed(0)))

@@ -5,7 +5,7 @@ import torch
 from support.blocks import PLANS, Block
 from support.numerics import judge, judge_once
 
-from fastnn import dispatch
+from fastnn import dispatch, plans
 from fastnn.kernels import launch, tiles
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @pytest.mark.parametrize("plan", PLANS)
 def test_block_is_as_accurate_as_eager(plan, dtype, device):
     block = Block(67, 19, 23, dtype, bias=True, p=0.3, device=device)
-    with dispatch.forced_plan(plan):
+    with plans.forced_plan(plan):
         judge(block.ours, block.eager, block.draw, block.axes)
 
 
@@ -23,7 +23,7 @@ def test_block_is_as_accurate_as_eager(plan, dtype, device):
 def test_streamed_rows_are_as_accurate_as_eager(plan, device):
     """More rows than a register tile holds: the columns plan streams, the others have many chunks or strips."""
     block = Block(1100, 9, 9, linear=plan == "epilogue", p=0.3, device=device)
-    with dispatch.forced_plan(plan):
+    with plans.forced_plan(plan):
         judge(block.ours, block.eager, block.draw, block.axes, draws=16)
 
 
@@ -35,12 +35,12 @@ def test_programs_of_several_tiles_each_way(M, dtype, device, monkeypatch):
     monkeypatch.setattr(tiles, "MAX_LANES", 2)
     # Without a gate, as gates are decided for the x that is drawn.
     block = Block(M, 16, 264, dtype, bias=True, activation="identity", p=0.3, device=device)
-    found = tiles.linear_statistics_tiles(M, 264, dtype.itemsize, dispatch.splits(dtype), True, 1)
+    found = tiles.linear_statistics_tiles(M, 264, dtype.itemsize, plans.splits(dtype), True, 1)
     assert found.apply.rows_per_chunk > found.product.rows
     assert found.lanes * found.product.cols < 264
     inputs = block.draw(torch.Generator().manual_seed(3))
     inputs["x"][:64] += 30
-    with dispatch.forced_plan("epilogue"):
+    with plans.forced_plan("epilogue"):
         judge_once(block.ours, block.eager, inputs, block.axes)
 
 
@@ -65,5 +65,5 @@ SHAPES = ((2, 1, 1), (2, 3, 7), (3, 5, 8), (17, 8, 33), (64, 16, 64), (129, 31, 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(shape, plan, dtype, device):
     block = Block(*shape, dtype, p=0.5, device=device)
-    with dispatch.forced_plan(plan):
+    with plans.forced_plan(plan):
         judge_once(block.ours, block.eager, block.draw(torch.Generator().manual_seed(1)), block.axes)

@@ -5,7 +5,7 @@ import torch
 from support.blocks import KEY, PLANS, PLANS_OF_LINEAR, Block
 from support.interpreter import shuffled_grid
 
-from fastnn import dispatch, ops
+from fastnn import ops, plans
 from fastnn.reference import BatchNorm
 
 CASES = {
@@ -25,7 +25,7 @@ def test_shuffled_grids_give_the_same_bits(case):
     inputs = block.draw(torch.Generator().manual_seed(0))
 
     def run():
-        with dispatch.forced_plan(case.split()[0]):
+        with plans.forced_plan(case.split()[0]):
             return block.ours({name: tensor.clone() for name, tensor in inputs.items()})
 
     expected = run()
@@ -52,7 +52,7 @@ def test_counter_and_running_statistics_over_batches_in_any_order(plan, momentum
             norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.num_batches_tracked,
             True, momentum, norm.eps,
         )  # fmt: skip
-        with dispatch.forced_plan(plan), shuffled_grid(step):
+        with plans.forced_plan(plan), shuffled_grid(step):
             ops.block(x, weight, None, arguments, torch.tensor(KEY), "relu", 0.0, 0.0, 0.0)
         exact(x.double())
         assert norm.num_batches_tracked.item() == step + 1
@@ -65,6 +65,6 @@ def test_bias_before_batch_statistics_gets_exact_zeros(plan):
     block = Block(64, 7, 33, bias=True, p=0.3)
     inputs = block.draw(torch.Generator().manual_seed(0))
     bias = inputs["bias"].requires_grad_()
-    with dispatch.forced_plan(plan):
+    with plans.forced_plan(plan):
         block.ours(inputs)
     assert torch.equal(bias.grad, torch.zeros_like(bias))

@@ -6,7 +6,7 @@ import torch
 from support import philox
 from support.blocks import KEY
 
-from fastnn import dispatch, ops, reference
+from fastnn import ops, plans, reference
 from fastnn.kernels import launch
 from fastnn.kernels.dropout import threshold_and_scale
 from fastnn.kernels.launch import Epilogue, Norm
@@ -57,7 +57,7 @@ def test_forward_and_backward_of_every_plan_draw_one_mask(norm, plan):
     mean, var = torch.zeros(N), torch.ones(N)
     batch_norm = reference.BatchNorm(mean, var, torch.ones(N), beta, training=norm == "batch")
     bias = torch.full((N,), 50.0, requires_grad=True)
-    with dispatch.forced_plan(plan):
+    with plans.forced_plan(plan):
         out = ops.block(x, weight, bias, None if norm == "none" else batch_norm, torch.tensor(KEY), "relu", 0, 0, p)
     assert torch.equal(out != 0, multiplier != 0)
     g = torch.randn(M, N)

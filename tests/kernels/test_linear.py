@@ -6,7 +6,7 @@ from support.blocks import Block
 from support.interpreter import count_accesses
 from support.numerics import judge, judge_once
 
-from fastnn import dispatch
+from fastnn import dispatch, plans
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @pytest.mark.parametrize("norm", ["none", "running"])
 def test_epilogue_is_as_accurate_as_eager(norm, dtype, device):
     block = Block(35, 27, 21, dtype, norm, bias=True, p=0.3, grads=norm == "none", device=device)
-    with dispatch.forced_plan("epilogue"):
+    with plans.forced_plan("epilogue"):
         judge(block.ours, block.eager, block.draw, block.axes)
 
 
@@ -24,7 +24,7 @@ def test_epilogue_is_as_accurate_as_eager(norm, dtype, device):
 @pytest.mark.parametrize("norm", ["none", "running"])
 def test_shapes(norm, shape, dtype, device):
     block = Block(*shape, dtype, norm, p=0.5, bias=True, grads=norm == "none", device=device)
-    with dispatch.forced_plan("epilogue"):
+    with plans.forced_plan("epilogue"):
         judge_once(block.ours, block.eager, block.draw(torch.Generator().manual_seed(2)), block.axes)
 
 
@@ -37,7 +37,7 @@ def test_a_dimension_of_one_may_have_any_stride(M, N, norm, device, monkeypatch)
     name = "x" if M == 1 else "weight"
     wide = torch.empty(1, 9, dtype=torch.float16, device=device)
     wide[:, :8] = inputs[name]
-    with dispatch.forced_plan("epilogue"):
+    with plans.forced_plan("epilogue"):
         judge_once(lambda given: block.ours({**given, name: wide[:, :8]}), block.eager, inputs, {})
 
 
@@ -46,7 +46,7 @@ def test_a_dimension_of_one_may_have_any_stride(M, N, norm, device, monkeypatch)
 def test_deep_products_are_as_accurate_as_the_librarys(K, mean, device):
     """On a GPU fp32 operands are split; sums of positive numbers show a bias of rounding, long ones its growth."""
     block = Block(40, K, 24, torch.float32, "none", mean=mean, spread=0.3, device=device)
-    with dispatch.forced_plan("epilogue", "grouped"):
+    with plans.forced_plan("epilogue", "grouped"):
         judge(block.ours, block.eager, block.draw, block.axes, draws=6)
 
 
@@ -55,7 +55,7 @@ def test_deep_products_are_as_accurate_as_the_librarys(K, mean, device):
 def test_library_linear_then_apply(norm, grads, device):
     """The plan of large fp32 products, and of eval BatchNorm whose gradient is asked for."""
     block = Block(35, 27, 21, torch.float32, norm, bias=True, p=0.3, grads=grads, device=device)
-    with dispatch.forced_plan("apply"):
+    with plans.forced_plan("apply"):
         judge(block.ours, block.eager, block.draw, block.axes, draws=16)
 
 
@@ -68,14 +68,14 @@ def test_folded_batch_norm_keeps_a_large_mean(device):
         inputs["running_mean"] = (inputs["x"].double() @ inputs["weight"].double().T).mean(0).float()
         return inputs
 
-    with dispatch.forced_plan("epilogue"):
+    with plans.forced_plan("epilogue"):
         judge(block.ours, block.eager, draw, block.axes, draws=16)
 
 
 def test_eval_is_one_launch_that_writes_only_the_output(device):
     block = Block(35, 27, 21, torch.float32, "running", bias=True, grads=False, device=device)
     inputs = block.draw(torch.Generator().manual_seed(0))
-    with count_accesses() as accesses, torch.no_grad(), dispatch.forced_plan("epilogue"):
+    with count_accesses() as accesses, torch.no_grad(), plans.forced_plan("epilogue"):
         block.ours(inputs)
     assert [launch.kernel for launch in accesses.launches] == ["linear_forward_kernel"]
     assert sum(t.written for t in accesses.shaped(35, 21)) == 35 * 21 * 4

@@ -7,7 +7,7 @@ from support.interpreter import count_accesses, shuffled_grid
 from support.numerics import judge, judge_once
 from support.optimizers import DEVICE
 
-from fastnn import dispatch, ops
+from fastnn import ops, plans
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 AXES = {"x": "MK", "weight": "NK", "bias": "N", "g": "MN", "dx": "MK", "dweight": "NK", "dbias": "N"}
@@ -28,7 +28,7 @@ def gradients(linear):
 
 
 def ours(inputs):
-    with dispatch.forced_plan("grouped"):
+    with plans.forced_plan("grouped"):
         return gradients(lambda *leaves: ops.block(*leaves, None, None, "identity", 0.0, 0.0, 0.0))(inputs)
 
 
@@ -49,7 +49,7 @@ def test_gradients_that_are_wanted_take_one_launch_and_any_order_gives_the_same_
 
     def run():
         leaves = {name: inputs[name].clone().requires_grad_(name in wanted) for name in ("x", "weight", "bias")}
-        with dispatch.forced_plan("grouped"):
+        with plans.forced_plan("grouped"):
             ops.block(*leaves.values(), None, None, "identity", 0.0, 0.0, 0.0).backward(inputs["g"])
         return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 

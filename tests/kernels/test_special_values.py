@@ -5,7 +5,7 @@ import torch
 from support.blocks import PLANS, PLANS_OF_LINEAR, Block
 from support.numerics import judge, judge_once
 
-from fastnn import dispatch
+from fastnn import plans
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAN, INF = float("nan"), float("inf")
@@ -24,14 +24,14 @@ def batch_norm_of(plan, dtype, device, rows=M, **settings):
 def test_large_mean_small_spread(mean, plan, device):
     """E[x²] - E[x]² has no digit left at 1e4 ± 1 in fp32."""
     block = batch_norm_of(plan, torch.float32, device, mean=mean)
-    with dispatch.forced_plan(plan):
+    with plans.forced_plan(plan):
         judge(block.ours, block.eager, block.draw, block.axes, draws=DRAWS)
 
 
 @pytest.mark.parametrize("plan", ["columns", "split", "epilogue"])
 def test_large_mean_over_streamed_tiles(plan, device):
     block = batch_norm_of(plan, torch.float32, device, rows=1100, mean=1e4)
-    with dispatch.forced_plan(plan):
+    with plans.forced_plan(plan):
         judge_once(block.ours, block.eager, block.draw(torch.Generator().manual_seed(0)), block.axes)
 
 
@@ -45,7 +45,7 @@ def test_constant_columns(plan, dtype, device):
     rounding = torch.finfo(torch.float32).eps * inputs["x"].abs().max().item() / 1e-5**0.5
     size = (M * N) ** 0.5
     floor = {"out": rounding * size, "dx": 300 * rounding * size, "dgamma": rounding * M, "running_var": 1e-7}
-    with dispatch.forced_plan(plan):
+    with plans.forced_plan(plan):
         judge_once(block.ours, block.eager, inputs, block.axes, floor=floor)
 
 
@@ -54,7 +54,7 @@ def test_constant_columns(plan, dtype, device):
 def test_magnitudes(spread, plan, device):
     """Spreads whose variance is far below eps, near it, and close to the end of fp32."""
     block = batch_norm_of(plan, torch.float32, device, spread=spread)
-    with dispatch.forced_plan(plan):
+    with plans.forced_plan(plan):
         judge_once(block.ours, block.eager, block.draw(torch.Generator().manual_seed(0)), block.axes)
 
 
@@ -71,7 +71,7 @@ def test_nan_and_inf_stay_in_their_columns(place, value, plan, device):
     inputs = block.draw(torch.Generator().manual_seed(0))
     inputs[place][..., 5] = torch.where(torch.rand_like(inputs[place][..., 5]) < 0.3, value, inputs[place][..., 5])
     inputs[place].view(-1)[5] = value
-    with dispatch.forced_plan(plan):
+    with plans.forced_plan(plan):
         ours = block.ours({name: tensor.clone() for name, tensor in inputs.items()})
     eager = block.eager({name: tensor.clone() for name, tensor in inputs.items()})
     for name, mine in ours.items():

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from fastnn import dispatch
+from fastnn import plans
 from support.blocks import Block
 from support.figures import Row, counted
 from support.interpreter import count_accesses
@@ -54,7 +54,7 @@ class Traffic:
         return self.reads + self.writes + self.gemm
 
 
-def count_block(plans: str, M: int, N: int, **settings: Any) -> Traffic:
+def count_block(names: str, M: int, N: int, **settings: Any) -> Traffic:
     """Forward and, unless grads=False, backward of an fp32 block by these plans."""
     block = Block(M, K, N, **{"p": 0.5, **settings})
     products: list[str] = []
@@ -74,7 +74,7 @@ def count_block(plans: str, M: int, N: int, **settings: Any) -> Traffic:
         for name in ("mm", "addmm"):
             stack.enter_context(watched(name))
         accesses = stack.enter_context(count_accesses())
-        stack.enter_context(dispatch.forced_plan(*plans.split()))
+        stack.enter_context(plans.forced_plan(*names.split()))
         block.ours(block.draw(torch.Generator().manual_seed(0)))
     size = M * N * block.dtype.itemsize
     activations = [t for t in accesses.shaped(M, N) if t.dtype == block.dtype]
@@ -105,9 +105,9 @@ def eager_log(M: int, N: int, norm: str = "batch", bias: bool = False, grads: bo
 
 
 def rows_of(case: str) -> list[Row]:
-    plans, M, N, settings = (TRAINING | EVAL)[case]
+    names, M, N, settings = (TRAINING | EVAL)[case]
     phase = "a training step" if case in TRAINING else "eval"
-    ours, theirs, shapes = count_block(plans, M, N, **settings), eager_log(M, N, **settings), ((M, N), (N, M))
+    ours, theirs, shapes = count_block(names, M, N, **settings), eager_log(M, N, **settings), ((M, N), (N, M))
     accesses, masks = theirs.accesses(*shapes), theirs.accesses(*shapes, masks=True)
     launches = len(ours.launches) + len(ours.products)
     found = [
