@@ -90,10 +90,10 @@ def block(
         forward = _passes(M, N, itemsize, 2)
     forward = [_together(product, out)] if plan == "whole_batch" else [product, *forward]
     products = [product] * (1 + inner)
-    if ours and inner and plans.linear_backward_plan(M, N, K) == "grouped":
+    if ours and inner and plans.linear_backward_plan(M, N, K, COMPUTED[dtype], gpu.DEVICE) == "grouped":
         products = [_together(*products)]
     phases = {"forward": [*operands, *forward], "backward": [*backward, *products, *operands]}
-    folded = ours and plans.linear_plan(M, N, K, COMPUTED[dtype]) == "epilogue"
+    folded = ours and plans.linear_plan(M, N, K, COMPUTED[dtype], gpu.DEVICE) == "epilogue"
     evaluated = [*operands, product] if folded else [*operands, product, *_passes(M, N, itemsize, 2)]
     return phases | {"training step": phases["forward"] + phases["backward"], "eval": evaluated}
 

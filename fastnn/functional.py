@@ -64,7 +64,7 @@ def is_linear_served(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool
     M, (N, K), dtype = input.numel() // max(input.shape[-1], 1), weight.shape, _computation_dtype(input, weight)
     others = input.requires_grad or (bias is not None and bias.requires_grad)
     several = torch.is_grad_enabled() and weight.requires_grad and others
-    if not (several or weight.dtype != dtype) or plans.linear_backward_plan(M, N, K) != "grouped":
+    if not (several or weight.dtype != dtype) or plans.linear_backward_plan(M, N, K, dtype, input.device) != "grouped":
         return False
     return not dispatch.path(input, dtype, *_features_and_tensors(input, weight, bias, None)).eager
 

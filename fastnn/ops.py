@@ -163,7 +163,7 @@ def _linear_backward(
     """Gradients by input, weight and, where it is given, bias."""
     (M, N), K = dz.shape, input.shape[1]
     saves = needs_input or bias is not None or not _are_of(dz.dtype, input, weight)
-    if needs_weight and saves and plans.linear_backward_plan(M, N, K) == "grouped":
+    if needs_weight and saves and plans.linear_backward_plan(M, N, K, dz.dtype, dz.device) == "grouped":
         shape, precision = tiles.linear_backward_tiles(_widest(input, weight)), plans.product_precision(dz.dtype)
         return launch.backward_linear(dz, input.contiguous(), weight.contiguous(), bias, needs_input, shape, precision)
     return (

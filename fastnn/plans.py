@@ -82,7 +82,7 @@ def splits(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and fp32_precision() == "ieee"
 
 
-def linear_plan(M: int, N: int, K: int, dtype: torch.dtype) -> str:
+def linear_plan(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> str:
     """The plan of a Linear whose output needs no sums: "epilogue" (our product) or "apply" (the library's, a pass)."""
     if not splits(dtype) or M * N * K <= SPLIT_PRODUCT:
         return _pick("epilogue", "apply")
@@ -93,10 +93,10 @@ def forward_plan(M: int, N: int, K: int, dtype: torch.dtype, device: torch.devic
     """The plan of a Linear and what follows it; norm as in launch.Norm, save: whether a backward follows."""
     if norm == "batch":
         return batch_norm_plan(M, N, K, dtype, device)
-    return "apply" if norm == "running" and save else linear_plan(M, N, K, dtype)
+    return "apply" if norm == "running" and save else linear_plan(M, N, K, dtype, device)
 
 
-def linear_backward_plan(M: int, N: int, K: int) -> str:
+def linear_backward_plan(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> str:
     """The plan of several gradients of a Linear: "grouped" (ours, in one launch) or "library" (a launch each)."""
     return _pick("grouped", "library") if M * N * K <= GROUPED_PRODUCT else _pick("library", "grouped")
 
@@ -108,7 +108,7 @@ def rounds_operands(M: int, N: int, K: int, dtype: torch.dtype, device: torch.de
     asynchronously, and are half the bytes of each of its rereads. So is a traced one: Inductor fuses casts, and the
     answer would be guarded on the batch size.
     """
-    if torch.compiler.is_compiling() or linear_backward_plan(M, N, K) != "grouped":
+    if torch.compiler.is_compiling() or linear_backward_plan(M, N, K, dtype, device) != "grouped":
         return False
     one_launch = "whole_batch" if norm == "batch" else "epilogue"
     return forward_plan(M, N, K, dtype, device, norm, save) == one_launch

@@ -65,7 +65,7 @@ def test_whole_batch_serves_more_rows_where_operands_are_not_split(monkeypatch):
     [(64, 100, 784, "grouped"), (1024, 10, 100, "grouped"), (1024, 100, 784, "library"), (512, 2048, 2048, "library")],
 )
 def test_linear_backward_plan_of_published_shapes(M, N, K, plan):
-    assert plans.linear_backward_plan(M, N, K) == plan
+    assert plans.linear_backward_plan(M, N, K, torch.float32, CPU) == plan
 
 
 @pytest.mark.parametrize(
@@ -80,16 +80,16 @@ def test_full_fp32_takes_our_product_where_tensor_cores_are_six_times_as_fast(ca
 def test_several_plans_are_forced_each_where_it_serves():
     with plans.forced_plan("split", "library"):
         assert plans.statistics_plan(64, 100, 4, CPU) == "split"
-        assert plans.linear_backward_plan(8, 8, 8) == "library"
-    assert plans.linear_backward_plan(8, 8, 8) == "grouped"
+        assert plans.linear_backward_plan(8, 8, 8, torch.float32, CPU) == "library"
+    assert plans.linear_backward_plan(8, 8, 8, torch.float32, CPU) == "grouped"
 
 
 def test_forced_plan_is_taken_only_where_it_serves():
     with plans.forced_plan("epilogue"):
         assert plans.statistics_plan(64, 100, 4, CPU) == "columns"
-        assert plans.linear_plan(10_000, 10_000, 10_000, torch.float32) == "epilogue"
-    assert plans.linear_plan(10_000, 10_000, 10_000, torch.float32) == "apply"
-    assert plans.linear_plan(64, 100, 784, torch.float32) == "epilogue"
+        assert plans.linear_plan(10_000, 10_000, 10_000, torch.float32, CPU) == "epilogue"
+    assert plans.linear_plan(10_000, 10_000, 10_000, torch.float32, CPU) == "apply"
+    assert plans.linear_plan(64, 100, 784, torch.float32, CPU) == "epilogue"
 
 
 @pytest.mark.parametrize(
