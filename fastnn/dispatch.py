@@ -81,12 +81,6 @@ def machine(device: torch.device) -> Machine:
     return Machine(properties.multi_processor_count, properties.L2_cache_size, capability)
 
 
-def copies_tiles(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product of these may take its operands by descriptors, whose rows are 16-byte aligned."""
-    aligned = x.shape[1] * x.element_size() % tiles.ACCESS_BYTES == 0
-    return aligned and machine(x.device).copies_tiles and (x.data_ptr() | weight.data_ptr()) % tiles.ACCESS_BYTES == 0
-
-
 def device_path(device: torch.device) -> Path:
     """The path of plain tensors of a served dtype on that device."""
     if not HAS_KERNELS:

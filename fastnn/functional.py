@@ -1,11 +1,20 @@
 """The fused block as a function, with the argument names and errors of torch.nn.functional."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import dispatch, ops, plans, reference, seeds
 from .activations import ACTIVATIONS
+from .memory import TensorGuards
 from .reference import BatchNorm
+
+_NO_NORM = BatchNorm(training=False)
+KEPT, FORMS = 4096, 8  # calls that are kept settled, and forms of tensors for each
+_settled: dict[tuple, list[tuple[Any, ops.Call | None]]] = {}
+_UNSETTLED: Any = object()
 
 __all__ = ["BatchNorm", "linear_batch_norm_act_dropout"]
 
@@ -45,28 +54,81 @@ def linear_batch_norm_act_dropout(
         ValueError: p outside [0, 1]; one row where batch statistics are taken; more than 2-D before
             BatchNorm; an unknown activation.
     """
-    _check(input, weight, bias, batch_norm, activation, p)
-    p = float(p) if training else 0.0
-    dtype = _computation_dtype(input, weight)
-    path = dispatch.path(input, dtype, *_features_and_tensors(input, weight, bias, batch_norm))
-    if path.eager or (activation == "softplus" and _autocast_is_on(input)):  # autocast runs it in fp32 on CUDA
-        return reference.block(input, weight, bias, batch_norm, activation, *activation_args, p)
-    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    p = p if training else 0.0
+    norm = _NO_NORM if batch_norm is None else batch_norm
+    tensors = ops.tensors_of(input, weight, bias, norm)
+    there = [tensor for tensor in tensors if tensor is not None]
+    key = None
+    if not ops.is_observed():
+        # What decides beside the form of the tensors, to which modes and transforms around the call belong.
+        key = (
+            input.shape, None if weight is None else weight.shape, bias is None, norm.weight is None,
+            norm.bias is None, norm.running_mean is None, norm.num_batches_tracked is None, batch_norm is None,
+            norm.training, norm.momentum, norm.eps, activation, *activation_args, p, plans.state(input.device),
+            torch.is_grad_enabled(), forward_ad._current_level,
+        )  # fmt: skip
+    call = _find(key, there)
+    if call is _UNSETTLED:
+        _check(input, weight, bias, batch_norm, activation, p)
+        call = _settle(tensors, batch_norm, activation, activation_args, float(p))
+        _keep(key, there, call)
+    if call is None:
+        return reference.block(input, weight, bias, batch_norm, activation, *activation_args, float(p))
     seed = seeds.dropout_seed(input.device) if p > 0 else None
-    out = ops.block(rows, weight, bias, batch_norm, seed, activation, *activation_args, p, dtype)
-    return out if input.dim() == 2 else out.reshape(*input.shape[:-1], out.shape[-1])
+    if input.dim() == 2:
+        return ops.run(call, tensors, seed)
+    out = ops.run(call, (input.reshape(-1, input.shape[-1]), *tensors[1:]), seed)
+    return out.reshape(*input.shape[:-1], out.shape[-1])
 
 
-def is_linear_served(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _settle(
+    tensors: ops.Tensors, norm: BatchNorm | None, activation: str, arguments: tuple[float, float], p: float
+) -> ops.Call | None:
+    """What a call of these takes; None is torch's own ops."""
+    input, weight, bias = tensors[:3]
+    assert input is not None
+    dtype = _computation_dtype(input, weight)
+    if dispatch.path(input, dtype, *_features_and_tensors(input, weight, bias, norm)).eager:
+        return None
+    if activation == "softplus" and _autocast_is_on(input):
+        return None  # autocast runs it in fp32 on CUDA
+    settings = ops.settings_of(norm, activation, *arguments, p)
+    if settings.is_linear_alone and not _gains_alone(input, weight, bias, dtype):
+        return None
+    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    return ops.settle((rows, *tensors[1:]), dtype, settings)
+
+
+def _gains_alone(input: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether a small Linear alone takes fewer launches here: for its gradients together, or for autocast's casts."""
-    if torch.compiler.is_compiling() or weight.shape[1] != input.shape[-1]:
-        return False
-    M, (N, K), dtype = input.numel() // max(input.shape[-1], 1), weight.shape, _computation_dtype(input, weight)
+    if weight is None or torch.compiler.is_compiling():
+        return weight is None
+    M, (N, K) = input.numel() // input.shape[-1], weight.shape
     others = input.requires_grad or (bias is not None and bias.requires_grad)
     several = torch.is_grad_enabled() and weight.requires_grad and others
-    if not (several or weight.dtype != dtype) or plans.linear_backward_plan(M, N, K, dtype, input.device) != "grouped":
-        return False
-    return not dispatch.path(input, dtype, *_features_and_tensors(input, weight, bias, None)).eager
+    grouped = plans.linear_backward_plan(M, N, K, dtype, input.device) == "grouped"
+    return grouped and (several or weight.dtype != dtype)
+
+
+def _find(key: tuple | None, there: list[Tensor]) -> Any:
+    if key is None:
+        return _UNSETTLED
+    for guards, call in _settled.get(key, ()):
+        if guards.check(*there):
+            return call
+    return _UNSETTLED
+
+
+def _keep(key: tuple | None, there: list[Tensor], call: ops.Call | None) -> None:
+    """For the next call of tensors of that form."""
+    if key is None or TensorGuards is None or torch._C._functorch.peek_interpreter_stack() is not None:
+        return
+    if len(_settled) >= KEPT:
+        _settled.clear()
+    found = _settled.setdefault(key, [])
+    if len(found) >= FORMS:
+        found.clear()
+    found.append((TensorGuards(*there, dynamic_dims_sizes=None, dynamic_dims_strides=None), call))
 
 
 def _computation_dtype(input: Tensor, weight: Tensor | None) -> torch.dtype:

@@ -1,7 +1,7 @@
 """How tensors lie in memory, and the device and stream that work on them goes to."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,19 @@ from torch import Tensor
 
 # Dynamo's own guard compares dtype, device, sizes, strides and the dispatch keys (negative, conjugate and zero tensors,
 # subclasses) of many tensors in one call, 60 ns each. Where torch has none, they are described one by one.
-_TensorGuards = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
+_guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+TensorGuards = getattr(_guards, "TensorGuards", None)
+
+
+def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
+    """torch.empty_strided(size, strides, dtype) on that device, the current one if there are several of its kind.
+
+    By what Inductor's code calls, 0.4 µs, where there is that: torch.empty and its kin take 0.8 to 1.2.
+    """
+    found = getattr(_guards, f"_empty_strided_{device.type}", None)
+    if found is not None:
+        return found
+    return lambda size, strides, dtype: torch.empty_strided(size, strides, dtype=dtype, device=device)
 
 
 def is_capturing() -> bool:
@@ -55,10 +67,10 @@ class Forms:
 
     @staticmethod
     def _guards_of(tensors: Sequence[Tensor]) -> Any:
-        if _TensorGuards is None:
+        if TensorGuards is None:
             return None
         with torch.enable_grad():  # the guard looks at requires_grad, too, as it is where a step is called
-            return _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+            return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
     def fit(self, tensors: Sequence[Tensor]) -> bool:
         if self._guards is not None and self._guards.check(*tensors):

@@ -1,125 +1,54 @@
 """The fused block as two registered ops, and the autograd.Function over them.
 
-Registered with Library.define/impl: a call costs 3 µs of host time where torch.library.custom_op costs 9 to 18.
-The ops are reached only where dispatch.path found that the kernels serve.
+The ops are what tracers, modes and torch.compile see; plain eager calls run the same recipe without the 3 µs and more
+that the dispatcher takes for each. Registered with Library.define/impl, where torch.library.custom_op takes 9 to 18.
+All are reached only where dispatch.path found that the kernels serve.
 """
 
-import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dispatch, plans, reference
-from .dispatch import launch, tiles
+from . import plans, recipes, reference
+from .dispatch import launch
+from .problems import Problem, saved_elements, stats_of
 
 _library = torch.library.Library("fastnn", "DEF")
 _library.define(
     "block_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor? gamma, Tensor? beta, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor? seed, "
     "ScalarType dtype, str norm, float? momentum, float eps, str activation, float a, float b, float p, bool save) "
-    "-> (Tensor out, Tensor z, Tensor stats)"
+    "-> (Tensor out, Tensor saved)"
 )
 _library.define(
     "block_backward(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor? gamma, Tensor? beta, "
-    "Tensor z, Tensor stats, Tensor? seed, str norm, str activation, float a, float b, float p, "
+    "Tensor saved, Tensor? seed, ScalarType dtype, str norm, str activation, float a, float b, float p, "
     "bool[3] needs_linear) -> (Tensor dinput, Tensor dweight, Tensor dbias, Tensor dgamma, Tensor dbeta)"
 )
-_NO_NORM = reference.BatchNorm()
+Tensors = tuple[Tensor | None, ...]  # input, weight, bias, gamma, beta, running_mean, running_var, num_batches_tracked
 
 
-def _device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, whatever its arguments'."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+def is_observed() -> bool:
+    """Whether someone follows the ops: a tracer, torch.compile or a dispatch mode."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
 
 
-def _are_of(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
-    return all(tensor is None or tensor.dtype == dtype for tensor in tensors)
+def _block_forward(*arguments):
+    *tensors, seed, dtype = arguments[:10]
+    *settings, save = arguments[10:]
+    problem = Problem.of(tensors, dtype, launch.Settings(*settings), seed)
+    out, saved = recipes.forward(problem, save)(*tensors, seed)
+    if problem.settings.norm == "batch":
+        count_changes(tensors)
+    return out, saved if save else out.new_empty(0)
 
 
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
-    return None if tensor is None else tensor.to(dtype)
-
-
-def _library_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias by the library; into an out= tensor, which autocast leaves alone."""
-    z = input.new_empty((input.shape[0], weight.shape[0]))
-    if bias is None:
-        return torch.mm(input, weight.t(), out=z)
-    return torch.addmm(bias, input, weight.t(), out=z)
-
-
-def _tiles(plan: str, z: Tensor) -> Any:
-    rule = tiles.columns_tiles if plan == "columns" else tiles.split_tiles
-    return rule(z.shape[0], z.shape[1], z.element_size(), dispatch.machine(z.device).multiprocessors)
-
-
-def _forward_by_plan(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype, norm: Any, epilogue: Any, save: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(out, z where it is not the input, stats where there are)."""
-    if weight is not None:
-        alone = _is_linear_alone(norm.mode, epilogue.activation, epilogue.p)
-        if alone and _are_of(dtype, input, weight, bias):
-            return _library_linear(input, weight, bias), None, None
-        found = _our_product(input, weight, bias, dtype, norm, epilogue, save and not alone)
-        if found is not None:
-            return found
-    z = input.contiguous() if weight is None else _library_linear(input, weight, bias)
-    plan = "apply"
-    if norm.mode == "batch":
-        plan = plans.statistics_plan(z.shape[0], z.shape[1], z.element_size(), z.device)
-    out, stats = getattr(launch, "forward_" + plan)(z, norm, epilogue, _tiles(plan, z))
-    return out, None if weight is None else z, stats
-
-
-def _is_linear_alone(norm: str, activation: str, p: float) -> bool:
-    """Whether nothing follows the Linear: its output is the block's, and its gradient the block's."""
-    return norm == "none" and activation == "identity" and p == 0
-
-
-def _our_product(
-    input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, norm: Any, epilogue: Any, save: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """The same with the Linear's product in our kernel; None where the library's, then a pass over z, is the plan."""
-    (M, K), N = input.shape, weight.shape[0]
-    plan = plans.forward_plan(M, N, K, dtype, input.device, norm.mode, save)
-    if plan not in ("whole_batch", "epilogue"):
-        return None
-    x, weight = input.contiguous(), weight.contiguous()
-    precision, split = plans.product_precision(dtype), plans.splits(dtype)
-    if plan == "whole_batch":
-        shape = tiles.whole_batch_tiles(M, K, max(x.element_size(), dtype.itemsize), split)
-        return launch.forward_whole_batch(x, weight, bias, norm, epilogue, shape, precision, save, dtype)
-    itemsize, multiprocessors = max(_widest(x, weight), dtype.itemsize), dispatch.machine(x.device).multiprocessors
-    descriptors = _are_of(dtype, x, weight) and dispatch.copies_tiles(x, weight)
-    if norm.mode == "batch":
-        strips = tiles.linear_statistics_tiles(M, N, itemsize, split, descriptors, multiprocessors)
-        return launch.forward_linear_statistics(x, weight, bias, norm, epilogue, strips, precision)
-    shape = tiles.linear_tiles(M, N, K, itemsize, norm.mode == "running", descriptors, multiprocessors)
-    out, z = launch.forward_linear(x, weight, bias, norm, epilogue, shape, precision, save, dtype)
-    return out, z, None
-
-
-def _widest(*operands: Tensor) -> int:
-    """Bytes of an element: tiles are sized by what shared memory holds, operands as they are stored."""
-    return max(operand.element_size() for operand in operands)
-
-
-def _block_forward(
-    input, weight, bias, gamma, beta, running_mean, running_var, num_batches_tracked, seed,
-    dtype, norm, momentum, eps, activation, a, b, p, save,
-):  # fmt: skip
-    batch_norm = launch.Norm(norm, gamma, beta, running_mean, running_var, num_batches_tracked, momentum, eps)
-    with _device_guard(input):
-        out, z, stats = _forward_by_plan(
-            input, weight, bias, dtype, batch_norm, launch.Epilogue(activation, a, b, p, seed), save
-        )
-    if norm == "batch":
-        buffers = (running_mean, running_var, num_batches_tracked)
-        torch.autograd.graph.increment_version([t for t in buffers if t is not None])
-    keep_z, keep_stats = save and z is not None, save and norm != "none"
-    return out, z if keep_z else out.new_empty(0), stats if keep_stats else out.new_empty(0, dtype=torch.float32)
+def count_changes(tensors) -> None:
+    """Tells autograd of the buffers that kernels have written."""
+    torch.autograd.graph.increment_version([t for t in tensors[5:8] if t is not None])
 
 
 def _block_forward_fake(
@@ -127,54 +56,24 @@ def _block_forward_fake(
     dtype, norm, momentum, eps, activation, a, b, p, save,
 ):  # fmt: skip
     M, N = input.shape[0], input.shape[1] if weight is None else weight.shape[0]
-    z_shape = (M, N) if save and weight is not None and not _is_linear_alone(norm, activation, p) else (0,)
-    stats_shape = (2, N) if save and norm != "none" else (0,)
-    return (
-        input.new_empty((M, N), dtype=dtype),
-        input.new_empty(z_shape, dtype=dtype),
-        input.new_empty(stats_shape, dtype=torch.float32),
-    )
+    settings = launch.Settings(norm, momentum, eps, activation, a, b, p)
+    keeps_z = weight is not None and not settings.is_linear_alone
+    elements = saved_elements(M, N, dtype, settings, keeps_z)[1] if save else 0
+    return input.new_empty((M, N), dtype=dtype), input.new_empty(elements, dtype=dtype)
 
 
-def _block_backward(grad, input, weight, bias, gamma, beta, z, stats, seed, norm, activation, a, b, p, needs_linear):
+def _block_backward(
+    grad, input, weight, bias, gamma, beta, saved, seed, dtype, norm, activation, a, b, p, needs_linear
+):
     """Gradients by input, weight, bias, gamma and beta; an empty tensor where there is or needs to be none."""
-    needs_input, needs_weight, needs_bias = needs_linear
-    bias = bias if needs_bias else None
-    with _device_guard(input):
-        if weight is not None and _is_linear_alone(norm, activation, p):
-            found = (*_linear_backward(grad.contiguous(), input, weight, bias, needs_input, needs_weight), None, None)
-        else:
-            z = input.contiguous() if weight is None else z
-            plan = plans.statistics_plan(z.shape[0], z.shape[1], z.element_size(), z.device)
-            dz, dgamma, dbeta, dbias = getattr(launch, "backward_" + plan)(
-                grad.contiguous(), z, None if norm == "none" else stats, launch.Norm(norm, gamma, beta),
-                launch.Epilogue(activation, a, b, p, seed), bias, _tiles(plan, z),
-            )  # fmt: skip
-            found = (dz, None, dbias, dgamma, dbeta)
-            if weight is not None:
-                dinput, dweight, _ = _linear_backward(dz, input, weight, None, needs_input, needs_weight)
-                found = (dinput, dweight, dbias, dgamma, dbeta)
+    settings = launch.Settings(norm, activation=activation, a=a, b=b, p=p)
+    problem = Problem.of((input, weight, bias, gamma, beta, None, None, None), dtype, settings, seed)
+    found = recipes.backward(problem, tuple(needs_linear))(grad, input, weight, bias, gamma, beta, saved, seed)
     return tuple(input.new_empty(0) if d is None else d for d in found)  # outputs of an op may not share memory
 
 
-def _linear_backward(
-    dz: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, needs_input: bool, needs_weight: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by input, weight and, where it is given, bias."""
-    (M, N), K = dz.shape, input.shape[1]
-    saves = needs_input or bias is not None or not _are_of(dz.dtype, input, weight)
-    if needs_weight and saves and plans.linear_backward_plan(M, N, K, dz.dtype, dz.device) == "grouped":
-        shape, precision = tiles.linear_backward_tiles(_widest(input, weight)), plans.product_precision(dz.dtype)
-        return launch.backward_linear(dz, input.contiguous(), weight.contiguous(), bias, needs_input, shape, precision)
-    return (
-        torch.mm(dz, weight, out=input.new_empty(input.shape)) if needs_input else None,
-        torch.mm(dz.t(), input, out=weight.new_empty(weight.shape)) if needs_weight else None,
-        None if bias is None else dz.sum(0),
-    )
-
-
 def _block_backward_fake(
-    grad, input, weight, bias, gamma, beta, z, stats, seed, norm, activation, a, b, p, needs_linear
+    grad, input, weight, bias, gamma, beta, saved, seed, dtype, norm, activation, a, b, p, needs_linear
 ):
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
         return input.new_empty(0) if tensor is None or not needed else tensor.new_empty(tensor.shape)
@@ -193,71 +92,126 @@ for _name, _implementation, _fake in (
 
 
 class Block(torch.autograd.Function):
-    """block_forward with its gradient; saves the input, the weight, z, (2, N) statistics and the seed."""
+    """block_forward with its gradient; saves the input, the parameters, z with (2, N) statistics, and the seed.
+
+    others: what has no gradient: running_mean, running_var, num_batches_tracked, seed.
+    """
 
     @staticmethod
-    def forward(ctx, input, weight, bias, gamma, beta, running_mean, running_var, num_batches_tracked, seed, *settings):
-        dtype, norm, _, eps, *epilogue = settings
-        out, z, stats = torch.ops.fastnn.block_forward(
-            input, weight, bias, gamma, beta, running_mean, running_var, num_batches_tracked, seed, *settings, True
-        )
-        ctx.save_for_backward(input, weight, bias, gamma, beta, z, stats, seed)
-        ctx.dtype, ctx.norm, ctx.eps, ctx.epilogue = dtype, norm, eps, epilogue
+    def forward(ctx, input, weight, bias, gamma, beta, others, call):
+        if call.recipe is None:
+            tensors = input, weight, bias, gamma, beta, *others
+            out, saved = torch.ops.fastnn.block_forward(*tensors, call.dtype, *call.settings, True)
+        else:
+            out, saved = call.recipe(input, weight, bias, gamma, beta, *others)
+        ctx.save_for_backward(input, weight, bias, gamma, beta, saved, others[3])
+        ctx.call = call
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        input, weight, bias, gamma, beta, z, stats, seed = ctx.saved_tensors
+        call, needs, tensors = ctx.call, ctx.needs_input_grad, ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _differentiable_backward(ctx, grad)
+            grads = _differentiable_backward(call, needs, tensors, grad)
+        elif call.recipe is None or type(grad) is not Tensor or is_observed():
+            norm, _, _, *epilogue = call.settings
+            grads = torch.ops.fastnn.block_backward(grad, *tensors, call.dtype, norm, *epilogue, needs[:3])
+            grads = [d if needed else None for d, needed in zip(grads, needs[:5], strict=True)]
         else:
-            grads = torch.ops.fastnn.block_backward(
-                grad, input, weight, bias, gamma, beta, z, stats, seed, ctx.norm, *ctx.epilogue,
-                ctx.needs_input_grad[:3],
-            )  # fmt: skip
-        needed = (d if needs else None for d, needs in zip(grads, ctx.needs_input_grad[:5], strict=True))
-        return *needed, *(None,) * (len(ctx.needs_input_grad) - 5)
+            grads = call.recipe.backward(needs[:3])(grad, *tensors)
+        return *grads, None, None
 
 
-def _differentiable_backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+def _differentiable_backward(call: "Call", needs: Any, tensors: Any, grad: Tensor) -> list[Tensor | None]:
     """The same gradients as a differentiable graph (create_graph=True), through the plain torch ops."""
-    *originals, _, stats, seed = ctx.saved_tensors
+    *originals, saved, seed = tensors
+    norm, _, eps, *epilogue = call.settings
     # Aliases: differentiating by the tensors themselves would walk through one's history into another (a layer used
     # twice), and fire their hooks.
     parameters: list[Any] = [None if t is None else t.view_as(t) for t in originals]
     input, weight, bias, gamma, beta = parameters
     batch_norm = None
-    if ctx.norm == "batch":
-        batch_norm = reference.BatchNorm(weight=gamma, bias=beta, eps=ctx.eps)
-    elif ctx.norm == "running":
-        running_var = stats[1].reciprocal().square() - ctx.eps
+    if norm == "batch":
+        batch_norm = reference.BatchNorm(weight=gamma, bias=beta, eps=eps)
+    elif norm == "running":
+        stats = stats_of(saved, grad.shape[1])
+        running_var = stats[1].reciprocal().square() - eps
         stored = next((t.dtype for t in (gamma, beta) if t is not None), torch.float32)  # torch's wants them alike
-        batch_norm = reference.BatchNorm(
-            stats[0].to(stored), running_var.to(stored), gamma, beta, None, False, 0, ctx.eps
-        )
-    activation, a, b, p = ctx.epilogue
-    input, weight, bias = (_cast(t, ctx.dtype) for t in (input, weight, bias))
-    out = reference.block(input, weight, bias, batch_norm, activation, a, b, p, seed)
-    wanted = [i for i in range(5) if ctx.needs_input_grad[i]]
+        batch_norm = reference.BatchNorm(stats[0].to(stored), running_var.to(stored), gamma, beta, None, False, 0, eps)
+    input, weight, bias = (None if t is None else t.to(call.dtype) for t in (input, weight, bias))
+    out = reference.block(input, weight, bias, batch_norm, *epilogue, seed)
+    wanted = [i for i in range(5) if needs[i]]
     found = torch.autograd.grad(out, [parameters[i] for i in wanted], grad, create_graph=True)
     grads: list[Tensor | None] = [None] * 5
     for i, gradient in zip(wanted, found, strict=True):
-        grads[i] = torch.zeros_like(gradient) if i == 2 and ctx.norm == "batch" else gradient
+        grads[i] = torch.zeros_like(gradient) if i == 2 and norm == "batch" else gradient
     return grads
 
 
-def _operands(
-    input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, norm: str, save: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the op takes of a Linear: cast to dtype, or as it is where kernels round it.
+def tensors_of(input: Tensor, weight: Tensor | None, bias: Tensor | None, norm: reference.BatchNorm) -> Tensors:
+    """As `settle` takes them."""
+    batches = norm.num_batches_tracked if norm.training else None
+    return input, weight, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, batches
 
-    The launch of all gradients makes the weight's: without it, the library's product is the better one.
-    """
-    N, K = weight.shape
-    if weight.requires_grad or not save:
-        if plans.rounds_operands(input.shape[0], N, K, dtype, input.device, norm, save):
-            return input, weight, bias
-    return input.to(dtype), weight.to(dtype), _cast(bias, dtype)
+
+def settings_of(norm: reference.BatchNorm | None, activation: str, a: float, b: float, p: float) -> Any:
+    if norm is None:
+        return launch.Settings("none", 0.1, 1e-5, activation, a, b, p)
+    return launch.Settings("batch" if norm.training else "running", norm.momentum, norm.eps, activation, a, b, p)
+
+
+class Call(NamedTuple):
+    """What is settled of a call before its tensors are looked at: they may be others of the same form."""
+
+    dtype: torch.dtype  # of the computation and the output
+    settings: Any  # launch.Settings
+    casts: bool  # the Linear's operands to dtype, before anything else
+    save: bool  # for a backward
+    recipe: recipes.Forward | None  # None where the op is to be seen
+
+
+def settle(tensors: Tensors, dtype: torch.dtype, settings: Any) -> Call:
+    """tensors: input (M, K), weight, bias, gamma, beta, running_mean, running_var and num_batches_tracked."""
+    input, weight = tensors[:2]
+    assert input is not None
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:5])
+    casts = False
+    if weight is not None and any(t is not None and t.dtype != dtype for t in tensors[:3]):
+        # The launch of all gradients makes the weight's: without it, the library's product is the better one.
+        rounds = weight.requires_grad or not save
+        sizes = input.shape[0], *weight.shape
+        casts = not (rounds and plans.rounds_operands(*sizes, dtype, input.device, settings.norm, save))
+    if is_observed():
+        return Call(dtype, settings, casts, save, None)
+    problem = Problem.of(tensors, dtype, settings, None)
+    if casts:
+        problem = problem._replace(dtypes=(dtype, dtype, None if tensors[2] is None else dtype, *problem.dtypes[3:]))
+    return Call(dtype, settings, casts, save, recipes.forward(problem, save))
+
+
+def run(call: Call, tensors: tuple[Any, ...], seed: Tensor | None) -> Tensor:
+    """The block on tensors as those it was settled for, through autograd only where a gradient may be asked for."""
+    if call.casts:
+        tensors = (*(None if t is None else t.to(call.dtype) for t in tensors[:3]), *tensors[3:])
+    input, weight, bias, gamma, beta, *buffers = tensors
+    if call.recipe is None:
+        if call.save:
+            return Block.apply(input, weight, bias, gamma, beta, (*buffers, seed), call)
+        return torch.ops.fastnn.block_forward(*tensors, seed, call.dtype, *call.settings, False)[0]
+    if seed is not None and seed.is_cpu == call.recipe.problem.seed_on_device:
+        problem = call.recipe.problem._replace(seed_on_device=not seed.is_cpu)
+        call = call._replace(recipe=recipes.forward(problem, call.save))
+    if call.save:
+        out = _apply(input, weight, bias, gamma, beta, (*buffers, seed), call)
+    else:
+        out = call.recipe(*tensors, seed)[0]
+    if call.settings.norm == "batch":
+        count_changes(tensors)
+    return out
+
+
+# Without what Function.apply looks for first: a functorch transform, which never comes here.
+_apply = super(torch.autograd.Function, Block).apply
 
 
 def block(
@@ -272,26 +226,7 @@ def block(
     p: float,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The fused block on a 2-D input, through autograd only where a gradient may be asked for.
-
-    dtype: of the computation and the output; None is the input's.
-    """
-    dtype = dtype or input.dtype
-    if norm is None:
-        norm = _NO_NORM
-        mode = "none"
-    else:
-        mode = "batch" if norm.training else "running"
-    save = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (input, weight, bias, norm.weight, norm.bias)
-    )
-    if weight is not None and not _are_of(dtype, input, weight, bias):
-        input, weight, bias = _operands(input, weight, bias, dtype, mode, save)
-    arguments = (
-        input, weight, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var,
-        norm.num_batches_tracked if norm.training else None, seed, dtype, mode, norm.momentum, norm.eps,
-        activation, a, b, p,
-    )  # fmt: skip
-    if save:
-        return Block.apply(*arguments)
-    return torch.ops.fastnn.block_forward(*arguments, False)[0]
+    """The fused block on a 2-D input. dtype: of the computation and the output; None is the input's."""
+    tensors = tensors_of(input, weight, bias, norm or reference.BatchNorm(training=False))
+    settings = settings_of(norm, activation, a, b, p)
+    return run(settle(tensors, dtype or input.dtype, settings), tensors, seed)

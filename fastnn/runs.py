@@ -21,14 +21,15 @@ _ROWS = {
     row.module: [item for item in ACTIVATIONS.items() if item[1].module is row.module] for row in ACTIVATIONS.values()
 }
 
-_FORWARDS: list[tuple[Any, Any]] = [(module, module.forward) for module in _PLACES]
+_MODULES = list(_PLACES)
+_FORWARDS = [module.forward for module in _MODULES]
 
 Run = tuple[nn.Module, ...]
 
 
 def are_patched() -> bool:
     """Whether someone replaced the forward of a class of layers, as instrumentation does."""
-    return any(module.forward is not forward for module, forward in _FORWARDS)  # a loop of 13 costs 0.5 µs
+    return [module.forward for module in _MODULES] != _FORWARDS  # 13: 0.3 µs
 
 
 def split(modules: Iterable[nn.Module]) -> list[Run | nn.Module]:
@@ -65,61 +66,73 @@ def split(modules: Iterable[nn.Module]) -> list[Run | nn.Module]:
 
 
 def _close(run: list[nn.Module], parts: list[Run | nn.Module]) -> None:
+    if not run:
+        return
+    first = type(run[0])
     # One that begins with an in-place activation changes its input, one with Identity may return it: the caller's.
-    alone = len(run) == 1 and type(run[0]) is not nn.Linear
-    if not run or alone or type(run[0]) is nn.Identity or getattr(run[0], "inplace", False):
+    if first is not nn.Linear and (len(run) == 1 or first is nn.Identity or getattr(run[0], "inplace", False)):
         parts.extend(run)
     else:
         parts.append(tuple(run))
 
 
-def _activation(module: nn.Module | None) -> tuple[str, tuple[float, float]]:
+def _activation(module: nn.Module) -> tuple[str, tuple[float, float]]:
     """Name and arguments of the row the module is; a GELU may be either of two."""
-    for name, row in () if module is None else _ROWS[type(module)]:
+    for name, row in _ROWS[type(module)]:
         arguments = row.parameters(module)
         if arguments is not None:
             return name, arguments
     return "identity", (0.0, 0.0)
 
 
-def _batch_norm(module: nn.BatchNorm1d | None) -> BatchNorm | None:
+def _tensor(module: nn.Module, kind: str, name: str) -> Tensor | None:
+    """module.name, a fifth of whose 0.5 µs it takes to look where it nearly always is."""
+    found = module.__dict__[kind]
+    return found[name] if name in found else getattr(module, name)
+
+
+def _batch_norm(module: nn.BatchNorm1d) -> BatchNorm:
     """The arguments torch.nn.BatchNorm1d.forward would call batch_norm with."""
-    if module is None:
-        return None
-    mean, var, weight, bias = module.running_mean, module.running_var, module.weight, module.bias
-    if module.training and not module.track_running_stats:
-        mean = var = None
-    training = module.training or (mean is None and var is None)
-    counter = module.num_batches_tracked if module.training and module.track_running_stats else None
+    training, tracks = module.training, module.track_running_stats
+    mean, var, counter = None, None, None
+    if tracks or not training:
+        mean, var = _tensor(module, "_buffers", "running_mean"), _tensor(module, "_buffers", "running_var")
+        if training:
+            counter = _tensor(module, "_buffers", "num_batches_tracked")
+        else:
+            training = mean is None and var is None
+    weight, bias = _tensor(module, "_parameters", "weight"), _tensor(module, "_parameters", "bias")
     return BatchNorm(mean, var, weight, bias, counter, training, module.momentum, module.eps)
 
 
 def fits(run: Run, input: object) -> bool:
     """Whether the run may be applied to what arrived; where not, its layers are called one by one."""
-    if not isinstance(input, Tensor) or input.layout is not torch.strided or input.is_nested or input.dim() < 2:
+    if not isinstance(input, Tensor) or input.layout is not torch.strided or input.is_nested:
         return False
-    if len(run) == 1:
-        linear: Any = run[0]
-        return functional.is_linear_served(input, linear.weight, linear.bias)
+    dimensions = input.dim()
+    if dimensions == 2 and type(run[0]) is nn.Linear:
+        return True
+    if dimensions < 2:
+        return False
     if _PLACES[type(run[0])] == ACTIVATION:
         return input.is_contiguous()  # torch's elementwise layers keep the strides, ours write rows
-    return input.dim() == 2 or not any(type(layer) is nn.BatchNorm1d for layer in run)
+    return dimensions == 2 or not any(type(layer) is nn.BatchNorm1d for layer in run)
 
 
 def apply(run: Run, input: Tensor) -> Tensor:
     """The run as one call."""
-    by_place: list[Any] = [None] * 4
+    weight = bias = batch_norm = None
+    activation, arguments, p = "identity", (0.0, 0.0), 0.0
     for layer in run:
-        by_place[_PLACES[type(layer)]] = layer
-    linear, batch_norm, activation, dropout = by_place
-    name, arguments = _activation(activation)
+        place = _PLACES[type(layer)]
+        if place == LINEAR:
+            weight, bias = _tensor(layer, "_parameters", "weight"), _tensor(layer, "_parameters", "bias")
+        elif place == BATCH_NORM:
+            batch_norm = _batch_norm(layer)  # type: ignore[arg-type]
+        elif place == ACTIVATION:
+            activation, arguments = _activation(layer)
+        elif layer.training:
+            p = layer.p  # type: ignore[assignment]
     return functional.linear_batch_norm_act_dropout(
-        input,
-        None if linear is None else linear.weight,
-        None if linear is None else linear.bias,
-        batch_norm=_batch_norm(batch_norm),
-        activation=name,
-        activation_args=arguments,
-        p=0.0 if dropout is None else dropout.p,
-        training=dropout is not None and dropout.training,
+        input, weight, bias, batch_norm=batch_norm, activation=activation, activation_args=arguments, p=p
     )

@@ -1,107 +1,161 @@
-"""Launchers: torch tensors in, one plan's kernels launched, torch tensors out.
+"""Launches of the blocks' kernels: a plan as the kernels it runs, with everything settled but tensors and seed.
 
-Tensors are contiguous, on one device, not empty, and of dtypes dispatch.py lets through; the current device is
-theirs. Nothing here reads device memory on the host.
+A launch is made once for a problem and then run for every call of it. Tensors are contiguous, on one device, not
+empty, and of dtypes dispatch.py lets through; the current device is theirs. Nothing here reads device memory on the
+host.
 """
 
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import activations, batch_norm, batch_norm_backward, linear, linear_backward, linear_statistics, whole_batch
+from .casts import INTERPRETED
 from .dropout import threshold_and_scale
 from .tiles import LAUNCH_OPTIONS, LinearTiles, StripTiles, Tiles, access_width, power_of_two_at_least, row_multiple
 
 NORM_MODES = {"none": batch_norm.NORM_NONE, "batch": batch_norm.NORM_BATCH, "running": batch_norm.NORM_RUNNING}
+# What launches are given at each call: tensors or their addresses; of z and stats too; then the seed as a number.
+FORWARD = (
+    "x", "weight", "bias", "gamma", "beta", "running_mean", "running_var", "batches", "seed_ptr", "partials", "out",
+    "z", "stats", "seed",
+)  # fmt: skip
+BACKWARD = (
+    "g", "x", "weight", "gamma", "beta", "seed_ptr", "partials", "dz", "dgamma", "dbeta", "dbias", "dx", "dweight",
+    "dz_sum", "z", "stats", "seed",
+)  # fmt: skip
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+
+_compiled: dict[Any, Any] = {}  # by all that a kernel is compiled for: launches of other row counts find it here
 
 
-class Norm(NamedTuple):
-    """BatchNorm of a run. mode: "none", "batch" (statistics of z) or "running"; momentum None is the average."""
+class Launch:
+    """One kernel with its grid and all arguments but those of a call, which come first in its signature.
 
-    mode: str
-    gamma: torch.Tensor | None = None  # (N,)
-    beta: torch.Tensor | None = None  # (N,)
-    running_mean: torch.Tensor | None = None  # (N,)
-    running_var: torch.Tensor | None = None  # (N,)
-    num_batches_tracked: torch.Tensor | None = None  # () int64
+    Triton's dispatch takes the host 6 to 8 µs. It is asked once, with tensors whose addresses are 16-byte aligned; from
+    then on the kernel it compiled is launched by addresses alone, in 1 µs. `form` is what Triton compiles by of the
+    arguments of a call: their dtypes, which of them are None, and the device.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], call: tuple[str, ...], form: Any, values: dict[str, Any]):
+        given = [name for name in kernel.arg_names if name not in values]
+        settled = kernel.arg_names[len(given) :]
+        places = [call.index(name if name in call else name.removesuffix("_ptr")) for name in given]
+        self._pick = itemgetter(*places) if len(places) > 1 else lambda arguments: (arguments[places[0]],)
+        self._kernel, self._grid = kernel, (*grid, 1, 1)[:3]
+        self._settled = tuple(values[name] for name in settled)
+        self._options = {name: values[name] for name in OPTIONS if name in values}
+        self._key = None
+        if not INTERPRETED:
+            flags = (values[parameter.name] for parameter in kernel.params if parameter.is_constexpr)
+            self._key = (kernel, form, *flags, *self._options.values())
+        self._compiled = self._run = self._function = self._metadata = None
+        self._adopt(_compiled.get(self._key))
+
+    @property
+    def is_compiled(self) -> bool:
+        return self._compiled is not None
+
+    def _adopt(self, compiled: Any) -> None:
+        if compiled is not None:
+            self._compiled, self._run = compiled, compiled.run
+            self._function, self._metadata = compiled.function, compiled.packed_metadata
+
+    def by_triton(self, arguments: tuple, keep: bool) -> None:
+        """With tensors; keep: all are aligned, and later calls may be by address."""
+        compiled = self._kernel[self._grid](*self._pick(arguments), *self._settled, **self._options)
+        if keep and not INTERPRETED:
+            _compiled[self._key] = compiled
+            self._adopt(compiled)
+
+    def by_address(self, arguments: tuple, stream: int) -> None:
+        self._run(
+            *self._grid, stream, self._function, self._metadata, None, None, None,
+            *self._pick(arguments), *self._settled,
+        )  # fmt: skip
+
+    def observed(self, arguments: tuple, stream: int) -> None:
+        """By address, with the hooks that profilers set on Triton's launches."""
+        self._compiled[self._grid](*self._pick(arguments), *self._settled, stream=stream)
+
+
+def forget_compiled() -> None:
+    """For who puts another device in the place of one."""
+    _compiled.clear()
+
+
+def by_address(launches: list[Launch], arguments: tuple) -> None:
+    """All of them, compiled, on the current device and stream."""
+    device = driver.active
+    stream = device.get_current_stream(device.get_current_device())
+    hooks = triton.knobs.runtime
+    if _is_set(hooks.launch_enter_hook) or _is_set(hooks.launch_exit_hook):
+        for launch in launches:
+            launch.observed(arguments, stream)
+    else:
+        for launch in launches:
+            launch.by_address(arguments, stream)
+
+
+def _is_set(hook: Any) -> bool:
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+class Settings(NamedTuple):
+    """What follows the Linear of a run.
+
+    norm: "none", "batch" (statistics of z, training) or "running" (eval); momentum None averages over all batches.
+    activation: a name in activations.py, with its parameters a and b; p: of dropout.
+    """
+
+    norm: str = "none"
     momentum: float | None = 0.1
     eps: float = 1e-5
-
-    @property
-    def cumulative(self) -> bool:
-        return self.momentum is None and self.num_batches_tracked is not None
-
-    @property
-    def factor(self) -> float:
-        """What the kernel multiplies by; torch, too, moves nothing where it cannot count the batches."""
-        return 0.0 if self.momentum is None else self.momentum
-
-
-class Epilogue(NamedTuple):
-    """Activation (a name in activations.py, with its parameters) and dropout of a run; seed () int64 where p > 0."""
-
     activation: str = "identity"
     a: float = 0.0
     b: float = 0.0
     p: float = 0.0
-    seed: torch.Tensor | None = None
 
-    def seed_arguments(self) -> tuple[torch.Tensor | None, int]:
-        """A seed on the host goes to the kernel as a value, one on the device (tracing, capture) by its address."""
-        if self.p == 0 or self.seed is None:
-            return None, 0
-        if self.seed.is_cpu:
-            return None, self.seed.item()
-        return self.seed, 0
+    @property
+    def is_linear_alone(self) -> bool:
+        """Whether nothing follows the Linear: its output is the block's, and its gradient the block's."""
+        return self.norm == "none" and self.activation == "identity" and self.p == 0
 
-    def scalars(self) -> tuple[float, float, int, float]:
-        return self.a, self.b, *threshold_and_scale(self.p)
-
-    def forward_constants(self) -> dict:
-        return {"ACTIVATION": getattr(activations, self.activation), "DROPOUT": self.p > 0}
-
-    def backward_constants(self) -> dict:
-        return {"ACTIVATION_BACKWARD": getattr(activations, self.activation + "_backward"), "DROPOUT": self.p > 0}
-
-
-class Gradients(NamedTuple):
-    dz: torch.Tensor  # (M, N)
-    dgamma: torch.Tensor | None  # (N,)
-    dbeta: torch.Tensor | None  # (N,)
-    dbias: torch.Tensor | None  # (N,)
+    def values(self, M: int, N: int, K: int, itemsize: int, counts: bool) -> dict[str, Any]:
+        """Arguments of the kernels by name; counts: whether there is a number of batches to average over."""
+        threshold, keep_scale = threshold_and_scale(self.p)
+        return {
+            # torch, too, moves nothing where it cannot count the batches.
+            "M": M, "N": N, "K": K, "momentum": self.momentum or 0.0, "eps": self.eps,
+            "act_a": self.a, "act_b": self.b, "threshold": threshold, "keep_scale": keep_scale,
+            "NORM": NORM_MODES[self.norm], "CUMULATIVE": self.momentum is None and counts, "DROPOUT": self.p > 0,
+            "ACTIVATION": getattr(activations, self.activation),
+            "ACTIVATION_BACKWARD": getattr(activations, self.activation + "_backward"),
+            "VEC": access_width(N, itemsize), "VEC_K": access_width(K, itemsize), "VEC_M": row_multiple(M),
+            **LAUNCH_OPTIONS,
+        }  # fmt: skip
 
 
-def _tile_options(z: torch.Tensor, tiles: Tiles) -> dict:
+def tile_values(tiles: Tiles) -> dict[str, Any]:
     return {
-        "VEC": access_width(z.shape[1], z.element_size()),
-        "ROWS": tiles.rows,
-        "COLS": tiles.cols,
-        "num_warps": tiles.num_warps,
-        **LAUNCH_OPTIONS,
-    }
+        "ROWS": tiles.rows, "COLS": tiles.cols, "ONE_TILE": tiles.one_tile, "chunks": tiles.chunks,
+        "rows_per_chunk": tiles.rows_per_chunk, "num_warps": tiles.num_warps,
+    }  # fmt: skip
 
 
-def _linear_options(out: torch.Tensor, K: int, tiles: LinearTiles, precision: str) -> dict:
+def _product_values(tiles: LinearTiles, precision: str) -> dict[str, Any]:
     return {
-        "PRECISION": precision,
-        "VEC": access_width(out.shape[1], out.element_size()),
-        "VEC_K": access_width(K, out.element_size()),
-        "ROWS": tiles.rows,
-        "COLS": tiles.cols,
-        "DEPTH": tiles.depth,
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
-        **LAUNCH_OPTIONS,
-        "maxnreg": tiles.registers,
-    }
+        "PRECISION": precision, "DESCRIPTORS": tiles.descriptors, "ROWS": tiles.rows, "COLS": tiles.cols,
+        "DEPTH": tiles.depth, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "maxnreg": tiles.registers,
+    }  # fmt: skip
 
 
-def _operands(x: torch.Tensor, weight: torch.Tensor, tiles: LinearTiles) -> tuple[Any, Any]:
-    """x and weight as product_tile takes them."""
-    if not tiles.descriptors:
-        return x, weight
+def descriptors(x: torch.Tensor, weight: torch.Tensor, tiles: LinearTiles) -> tuple[Any, Any]:
+    """x and weight as product_tile takes them where tiles.descriptors."""
     x_part, weight_part = [tiles.rows, tiles.depth], [tiles.cols, tiles.depth]
     strides = [x.shape[1], 1]  # not the tensors' own, of which that of a dimension of 1 may be anything
     return (
@@ -110,172 +164,74 @@ def _operands(x: torch.Tensor, weight: torch.Tensor, tiles: LinearTiles) -> tupl
     )
 
 
-def _count_before(norm: Norm) -> None:
+def _grid(values: dict[str, Any], tiles: Tiles) -> tuple[int, int]:
+    return triton.cdiv(values["N"], tiles.cols), tiles.chunks
+
+
+def _count_before(form: Any, values: dict[str, Any]) -> list[Launch]:
     """A launch of its own where the cumulative average reads the count in every program of the next."""
-    if norm.cumulative:
-        batch_norm.count_batch_kernel[(1,)](norm.num_batches_tracked, num_warps=1, **LAUNCH_OPTIONS)
+    if not values["CUMULATIVE"]:
+        return []
+    return [Launch(batch_norm.count_batch_kernel, (1,), FORWARD, form, {**LAUNCH_OPTIONS, "num_warps": 1})]
 
 
-def _grid(N: int, tiles: Tiles) -> tuple[int, int]:
-    return triton.cdiv(N, tiles.cols), tiles.chunks
+def forward_columns(form: Any, values: dict[str, Any], tiles: Tiles) -> list[Launch]:
+    """Training-mode BatchNorm in one launch; two for the cumulative average."""
+    kernel, values = batch_norm.columns_forward_kernel, values | tile_values(tiles)
+    return [*_count_before(form, values), Launch(kernel, _grid(values, tiles), FORWARD, form, values)]
 
 
-def _partials(z: torch.Tensor, tiles: Tiles, parts: int) -> torch.Tensor:
-    return z.new_empty((tiles.chunks, parts, z.shape[1]), dtype=torch.float32)
+def forward_split(form: Any, values: dict[str, Any], tiles: Tiles) -> list[Launch]:
+    """Training-mode BatchNorm in two launches, by partials (chunks, 3, N)."""
+    statistics = values | tile_values(tiles) | {"maxnreg": 128}  # for two programs of 8 warps a multiprocessor
+    kernel = batch_norm.split_statistics_kernel
+    return [Launch(kernel, _grid(values, tiles), FORWARD, form, statistics), *forward_apply(form, values, tiles)]
 
 
-def forward_columns(z: torch.Tensor, norm: Norm, epilogue: Epilogue, tiles: Tiles) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, stats) of training-mode BatchNorm in one launch; two for the cumulative average."""
-    M, N = z.shape
-    out, stats = torch.empty_like(z), z.new_empty((2, N), dtype=torch.float32)
-    _count_before(norm)
-    batch_norm.columns_forward_kernel[_grid(N, tiles)](
-        z, out, norm.gamma, norm.beta, stats, norm.running_mean, norm.running_var, norm.num_batches_tracked,
-        *epilogue.seed_arguments(), M, N, norm.factor, norm.eps, *epilogue.scalars(),
-        CUMULATIVE=norm.cumulative, ONE_TILE=tiles.one_tile,
-        **epilogue.forward_constants(), **_tile_options(z, tiles),
-    )  # fmt: skip
-    return out, stats
+def forward_apply(form: Any, values: dict[str, Any], tiles: Tiles) -> list[Launch]:
+    """One launch where no statistics are taken: partials given, running statistics or no BatchNorm."""
+    values = values | tile_values(tiles) | {"CHUNKS": min(32, power_of_two_at_least(tiles.chunks))}
+    return [Launch(batch_norm.apply_kernel, _grid(values, tiles), FORWARD, form, values)]
 
 
-def forward_split(z: torch.Tensor, norm: Norm, epilogue: Epilogue, tiles: Tiles) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, stats) of training-mode BatchNorm in two launches."""
-    M, N = z.shape
-    partials = _partials(z, tiles, 3)
-    options = _tile_options(z, tiles) | {"maxnreg": 128}  # for two programs of 8 warps a multiprocessor
-    batch_norm.split_statistics_kernel[_grid(N, tiles)](
-        z, partials, norm.num_batches_tracked, M, N, tiles.rows_per_chunk, **options
-    )
-    return forward_apply(z, norm, epilogue, tiles, partials)
+def forward_linear(form: Any, values: dict[str, Any], tiles: LinearTiles, precision: str) -> list[Launch]:
+    """Linear and what follows it without statistics in one launch; precision is tl.dot's."""
+    grid = triton.cdiv(values["M"], tiles.rows) * triton.cdiv(values["N"], tiles.cols)
+    kernel, values = linear.linear_forward_kernel, values | _product_values(tiles, precision)
+    return [Launch(kernel, (grid,), FORWARD, form, values)]
 
 
-def forward_apply(
-    z: torch.Tensor, norm: Norm, epilogue: Epilogue, tiles: Tiles, partials: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, stats) in one launch where no statistics are taken: partials given, running statistics or no BatchNorm."""
-    M, N = z.shape
-    out = torch.empty_like(z)
-    stats = z.new_empty((0 if norm.mode == "none" else 2, N), dtype=torch.float32)
-    batch_norm.apply_kernel[_grid(N, tiles)](
-        z, out, norm.gamma, norm.beta, stats if norm.mode != "none" else None, partials,
-        norm.running_mean, norm.running_var, norm.num_batches_tracked, *epilogue.seed_arguments(),
-        M, N, tiles.chunks, tiles.rows_per_chunk, norm.factor, norm.eps, *epilogue.scalars(),
-        NORM=NORM_MODES[norm.mode], CUMULATIVE=norm.cumulative, CHUNKS=min(32, power_of_two_at_least(tiles.chunks)),
-        **epilogue.forward_constants(), **_tile_options(z, tiles),
-    )  # fmt: skip
-    return out, stats
+def forward_linear_statistics(form: Any, values: dict[str, Any], tiles: StripTiles, precision: str) -> list[Launch]:
+    """Linear and training-mode BatchNorm in two launches: product with statistics, then apply."""
+    own = {"lanes": tiles.lanes, "rows_per_strip": tiles.apply.rows_per_chunk}
+    statistics = values | _product_values(tiles.product, precision) | own
+    kernel, grid = linear_statistics.linear_statistics_kernel, tiles.lanes * tiles.apply.chunks
+    return [Launch(kernel, (grid,), FORWARD, form, statistics), *forward_apply(form, values, tiles.apply)]
 
 
-def forward_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm, epilogue: Epilogue,
-    tiles: LinearTiles, precision: str, keep_z: bool, dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """(out, z or None) in one launch; norm.mode is "running" or "none", precision is tl.dot's.
-
-    dtype: of out and z, and what x, weight and bias are rounded to; None is x's.
-    """
-    (M, K), N = x.shape, weight.shape[0]
-    out = x.new_empty((M, N), dtype=dtype)
-    z = torch.empty_like(out) if keep_z else None
-    linear.linear_forward_kernel[(triton.cdiv(M, tiles.rows) * triton.cdiv(N, tiles.cols),)](
-        *_operands(x, weight, tiles), bias, z, out, norm.gamma, norm.beta, norm.running_mean, norm.running_var,
-        *epilogue.seed_arguments(), M, N, K, norm.eps, *epilogue.scalars(),
-        NORM=NORM_MODES[norm.mode], DESCRIPTORS=tiles.descriptors,
-        **_linear_options(out, K, tiles, precision), **epilogue.forward_constants(),
-    )  # fmt: skip
-    return out, z
+def forward_whole_batch(form: Any, values: dict[str, Any], tiles: LinearTiles, precision: str) -> list[Launch]:
+    """Linear and training-mode BatchNorm in one launch; two for the cumulative average."""
+    kernel, own = whole_batch.whole_batch_forward_kernel, values | _product_values(tiles, precision)
+    return [*_count_before(form, values), Launch(kernel, (triton.cdiv(own["N"], tiles.cols),), FORWARD, form, own)]
 
 
-def forward_linear_statistics(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm, epilogue: Epilogue,
-    tiles: StripTiles, precision: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(out, z, stats) of Linear and training-mode BatchNorm in two launches: product with statistics, then apply."""
-    (M, K), N = x.shape, weight.shape[0]
-    z = x.new_empty((M, N))
-    partials = _partials(z, tiles.apply, 3)
-    linear_statistics.linear_statistics_kernel[(tiles.lanes * tiles.apply.chunks,)](
-        *_operands(x, weight, tiles.product), bias, z, partials, norm.num_batches_tracked,
-        M, N, K, tiles.lanes, tiles.apply.rows_per_chunk, DESCRIPTORS=tiles.product.descriptors,
-        VEC_M=row_multiple(M), **_linear_options(z, K, tiles.product, precision),
-    )  # fmt: skip
-    out, stats = forward_apply(z, norm, epilogue, tiles.apply, partials)
-    return out, z, stats
+def backward_columns(form: Any, values: dict[str, Any], tiles: Tiles) -> list[Launch]:
+    """Gradients by z, gamma, beta and, where it is asked for, the Linear's bias, in one launch."""
+    kernel, values = batch_norm_backward.columns_backward_kernel, values | tile_values(tiles)
+    return [Launch(kernel, _grid(values, tiles), BACKWARD, form, values)]
 
 
-def forward_whole_batch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm, epilogue: Epilogue,
-    tiles: LinearTiles, precision: str, keep_z: bool, dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:  # fmt: skip
-    """(out, z or None, stats) of Linear and training-mode BatchNorm in one launch; two for the cumulative average.
-
-    dtype: as in forward_linear.
-    """
-    (M, K), N = x.shape, weight.shape[0]
-    out, stats = x.new_empty((M, N), dtype=dtype), x.new_empty((2, N), dtype=torch.float32)
-    z = torch.empty_like(out) if keep_z else None
-    _count_before(norm)
-    whole_batch.whole_batch_forward_kernel[(triton.cdiv(N, tiles.cols),)](
-        x, weight, bias, z, out, norm.gamma, norm.beta, stats, norm.running_mean, norm.running_var,
-        norm.num_batches_tracked, *epilogue.seed_arguments(), M, N, K, norm.factor, norm.eps, *epilogue.scalars(),
-        CUMULATIVE=norm.cumulative, **_linear_options(out, K, tiles, precision), **epilogue.forward_constants(),
-    )  # fmt: skip
-    return out, z, stats
-
-
-def _gradients(z: torch.Tensor, norm: Norm, bias: torch.Tensor | None) -> Gradients:
-    def like(parameter: torch.Tensor | None) -> torch.Tensor | None:
-        return None if parameter is None else torch.empty_like(parameter)
-
-    return Gradients(torch.empty_like(z), like(norm.gamma), like(norm.beta), like(bias))
-
-
-def backward_columns(
-    g: torch.Tensor, z: torch.Tensor, stats: torch.Tensor | None, norm: Norm, epilogue: Epilogue,
-    bias: torch.Tensor | None, tiles: Tiles,
-) -> Gradients:  # fmt: skip
-    """Gradients by z, gamma, beta and, where bias (N,) is given, by the Linear's bias, in one launch."""
-    M, N = z.shape
-    grads = _gradients(z, norm, bias)
-    batch_norm_backward.columns_backward_kernel[_grid(N, tiles)](
-        g, z, grads.dz, stats, norm.gamma, norm.beta, grads.dgamma, grads.dbeta, grads.dbias,
-        *epilogue.seed_arguments(), M, N, *epilogue.scalars(),
-        NORM=NORM_MODES[norm.mode], ONE_TILE=tiles.one_tile,
-        **epilogue.backward_constants(), **_tile_options(z, tiles),
-    )  # fmt: skip
-    return grads
-
-
-def backward_split(
-    g: torch.Tensor, z: torch.Tensor, stats: torch.Tensor | None, norm: Norm, epilogue: Epilogue,
-    bias: torch.Tensor | None, tiles: Tiles,
-) -> Gradients:  # fmt: skip
-    """The same in two launches."""
-    M, N = z.shape
-    grads, partials = _gradients(z, norm, bias), _partials(z, tiles, 2)
-    options = {"NORM": NORM_MODES[norm.mode], **epilogue.backward_constants(), **_tile_options(z, tiles)}
-    batch_norm_backward.split_sums_kernel[_grid(N, tiles)](
-        g, z, stats, norm.gamma, norm.beta, partials, *epilogue.seed_arguments(),
-        M, N, tiles.rows_per_chunk, *epilogue.scalars(), **options,
-    )  # fmt: skip
-    batch_norm_backward.split_dz_kernel[_grid(N, tiles)](
-        g, z, grads.dz, stats, norm.gamma, norm.beta, partials, grads.dgamma, grads.dbeta, grads.dbias,
-        *epilogue.seed_arguments(), M, N, tiles.chunks, tiles.rows_per_chunk, *epilogue.scalars(),
-        CHUNKS=power_of_two_at_least(tiles.chunks), **options,
-    )  # fmt: skip
-    return grads
+def backward_split(form: Any, values: dict[str, Any], tiles: Tiles) -> list[Launch]:
+    """The same in two launches, by partials (chunks, 2, N)."""
+    values = values | tile_values(tiles) | {"CHUNKS": power_of_two_at_least(tiles.chunks)}
+    kernels = batch_norm_backward.split_sums_kernel, batch_norm_backward.split_dz_kernel
+    return [Launch(kernel, _grid(values, tiles), BACKWARD, form, values) for kernel in kernels]
 
 
 def backward_linear(
-    g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, needs_input: bool,
-    tiles: LinearTiles, precision: str,
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """(dx or None, dweight, dbias or None) of x Wᵀ + bias in one launch, each in its tensor's dtype."""
-    (M, N), K = g.shape, x.shape[1]
-    dx = torch.empty_like(x) if needs_input else None
-    dweight, dbias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
-    row_tiles = triton.cdiv(N, tiles.rows) + (triton.cdiv(M, tiles.rows) if needs_input else 0)
-    linear_backward.linear_backward_kernel[(row_tiles * triton.cdiv(K, tiles.cols),)](
-        g, x, weight, dx, dweight, dbias, M, N, K, **_linear_options(g, K, tiles, precision)
-    )
-    return dx, dweight, dbias
+    form: Any, values: dict[str, Any], tiles: LinearTiles, precision: str, needs_input: bool
+) -> list[Launch]:
+    """Gradients of x Wᵀ + bias by weight and, where they are asked for, input and bias (dz_sum), in one launch."""
+    rows = triton.cdiv(values["N"], tiles.rows) + (triton.cdiv(values["M"], tiles.rows) if needs_input else 0)
+    grid, values = rows * triton.cdiv(values["K"], tiles.cols), values | _product_values(tiles, precision)
+    return [Launch(linear_backward.linear_backward_kernel, (grid,), BACKWARD, form, values)]

@@ -32,12 +32,12 @@ def store_part(ptr, values, row, col, rows, cols, ROWS: tl.constexpr, COLS: tl.c
 
 @triton.jit
 def input_gradient_tile(
-    g_ptr, weight_ptr, dx_ptr, row, col, M, N, K,
+    dz_ptr, weight_ptr, dx_ptr, row, col, M, N, K,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros((ROWS, COLS), tl.float32)
     for n in range(0, N, DEPTH):
-        g = load_part(g_ptr, row, n, M, N, N, ROWS, DEPTH)
+        g = load_part(dz_ptr, row, n, M, N, N, ROWS, DEPTH)
         w = load_part(weight_ptr, n, col, N, K, K, DEPTH, COLS)
         total = tl.dot(dot_operand(g, g.dtype), dot_operand(w, g.dtype), total, input_precision=PRECISION)
     store_part(dx_ptr, total, row, col, M, K, ROWS, COLS)
@@ -45,32 +45,32 @@ def input_gradient_tile(
 
 @triton.jit
 def weight_gradient_tile(
-    g_ptr, x_ptr, dweight_ptr, dbias_ptr, row, col, M, N, K,
+    dz_ptr, x_ptr, dweight_ptr, dz_sum_ptr, row, col, M, N, K,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros((ROWS, COLS), tl.float32)
     sums = tl.zeros((DEPTH, ROWS), tl.float32)
     for m in range(0, M, DEPTH):
-        g = load_part(g_ptr, m, row, M, N, N, DEPTH, ROWS)
+        g = load_part(dz_ptr, m, row, M, N, N, DEPTH, ROWS)
         x = load_part(x_ptr, m, col, M, K, K, DEPTH, COLS)
         total = tl.dot(tl.trans(dot_operand(g, g.dtype)), dot_operand(x, g.dtype), total, input_precision=PRECISION)
-        if dbias_ptr is not None:
+        if dz_sum_ptr is not None:
             sums += g.to(tl.float32)
     store_part(dweight_ptr, total, row, col, N, K, ROWS, COLS)
-    if dbias_ptr is not None:
+    if dz_sum_ptr is not None:
         if col == 0:
             n = row + tl.arange(0, ROWS)
-            tl.store(dbias_ptr + n, to_stored(column_sum(sums), dbias_ptr.dtype.element_ty), mask=n < N)
+            tl.store(dz_sum_ptr + n, to_stored(column_sum(sums), dz_sum_ptr.dtype.element_ty), mask=n < N)
 
 
 @triton.jit(do_not_specialize=["M", "N", "K"])
 def linear_backward_kernel(
-    g_ptr,  # (M, N)
+    dz_ptr,  # (M, N)
     x_ptr,  # (M, K)
     weight_ptr,  # (N, K)
     dx_ptr,  # (M, K) or None
     dweight_ptr,  # (N, K)
-    dbias_ptr,  # (N,) or None
+    dz_sum_ptr,  # (N,), the bias's gradient, or None
     M, N, K, PRECISION: tl.constexpr, VEC: tl.constexpr, VEC_K: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,7 @@ def linear_backward_kernel(
     row, col = tl.program_id(0) // col_tiles * ROWS, tl.program_id(0) % col_tiles * COLS
     rows_of_dw = tl.cdiv(N, ROWS) * ROWS
     if row < rows_of_dw:
-        weight_gradient_tile(g_ptr, x_ptr, dweight_ptr, dbias_ptr, row, col, M, N, K,
+        weight_gradient_tile(dz_ptr, x_ptr, dweight_ptr, dz_sum_ptr, row, col, M, N, K,
                              PRECISION, ROWS, COLS, DEPTH)  # fmt: skip
     elif dx_ptr is not None:
-        input_gradient_tile(g_ptr, weight_ptr, dx_ptr, row - rows_of_dw, col, M, N, K, PRECISION, ROWS, COLS, DEPTH)
+        input_gradient_tile(dz_ptr, weight_ptr, dx_ptr, row - rows_of_dw, col, M, N, K, PRECISION, ROWS, COLS, DEPTH)

@@ -9,6 +9,8 @@ if DEVICE == "cpu":
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from fastnn import memory, plans  # noqa: E402
+
 torch.set_num_threads(1)  # tests run in as many processes as there are cores
 
 
@@ -34,6 +36,14 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+    allocator = memory.allocator
+    monkeypatch.setattr(memory, "allocator", lambda device: poison(allocator(device)))
+
+
+@pytest.fixture(autouse=True)
+def nothing_settled() -> None:
+    """Calls are settled anew in each test, as it may have put another rule or function in the place of ours."""
+    plans.generation += 1
 
 
 @pytest.fixture(autouse=True)

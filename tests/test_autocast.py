@@ -10,7 +10,7 @@ from support.ops_log import OpsLog
 from torch import nn
 
 import fastnn
-from fastnn import dispatch, plans
+from fastnn import plans
 from fastnn.functional import BatchNorm, linear_batch_norm_act_dropout
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -103,7 +103,7 @@ def test_no_cast_is_launched(case, dtype):
 
 def test_large_products_are_cast_outside(monkeypatch):
     block = block_of("whole batch", torch.bfloat16, torch.device("cpu"))
-    monkeypatch.setattr(dispatch, "GROUPED_PRODUCT", block.M * block.N * block.K - 1)
+    monkeypatch.setattr(plans, "GROUPED_PRODUCT", block.M * block.N * block.K - 1)
     inputs = block.draw(torch.Generator().manual_seed(0))
     kernels, casts = launched(lambda: block.ours(inputs))
     assert kernels == ["whole_batch_forward_kernel", "columns_backward_kernel"]

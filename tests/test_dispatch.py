@@ -75,15 +75,6 @@ def test_the_cuda_path_is_found_while_dynamo_traces(monkeypatch):
     assert torch.compile(shifted, backend="eager", fullgraph=True)(torch.zeros(1)).item() == 1
 
 
-def test_descriptors_copy_rows_of_16_byte_multiples_at_such_addresses(monkeypatch):
-    x, weight = torch.empty(32, 40), torch.empty(24, 40)
-    assert dispatch.copies_tiles(x, weight)
-    assert not dispatch.copies_tiles(x[:, 1:], weight[:, 1:])
-    assert not dispatch.copies_tiles(x, torch.empty(24 * 40 + 1)[1:].view(24, 40))
-    monkeypatch.setattr(dispatch, "machine", lambda device: dispatch.Machine(108, 40 << 20, (8, 0)))
-    assert not dispatch.copies_tiles(x, weight)
-
-
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None

@@ -302,3 +302,24 @@ def test_what_the_kernels_do_not_serve_is_torchs():
     x, sparse = torch.randn(3, 4), torch.eye(4).to_sparse()
     torch.testing.assert_close(linear_batch_norm_act_dropout(x, sparse, activation="relu"), F.relu(x))
     assert linear_batch_norm_act_dropout(x, torch.ones(0, 4), activation="relu").shape == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("x", "grad", "ours"),
+    [
+        (torch.ones(2, 4), True, True),  # its gradients are one launch
+        (torch.ones(2, 3, 4), True, True),
+        (torch.ones(1 << 21, 4), True, False),  # the library's products are worth their launches
+        (torch.ones(2, 4, dtype=torch.float64), True, False),
+        (torch.ones(2, 4), False, False),
+    ],
+    ids=["small", "3-D", "large", "float64", "no gradient"],
+)
+def test_linear_alone_is_torchs_own_where_it_saves_no_launch(x, grad, ours, monkeypatch):
+    linear = torch.nn.Linear(4, 3, dtype=x.dtype)
+    calls, own = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda *arguments: calls.append(1) or own(*arguments))
+    with torch.set_grad_enabled(grad):
+        out = linear_batch_norm_act_dropout(x, linear.weight, linear.bias)
+    assert (not calls) == ours
+    torch.testing.assert_close(out[:2], own(x[:2], linear.weight, linear.bias))

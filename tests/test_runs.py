@@ -97,12 +97,8 @@ def test_what_a_run_may_be_applied_to():
     assert runs.fits(elementwise[0], torch.ones(2, 3, 4))
     assert not runs.fits(elementwise[0], torch.ones(2, 4).t())  # torch keeps such strides
     (alone,) = runs.split([L])
-    assert runs.fits(alone, torch.ones(2, 4))  # its backward is one launch
     assert runs.fits(alone, torch.ones(2, 3, 4))
-    assert not runs.fits(alone, torch.ones(1 << 21, 4))  # where the library's products are worth their launches
-    assert not runs.fits(alone, torch.ones(2, 4, dtype=torch.float64))
-    with torch.no_grad():
-        assert not runs.fits(alone, torch.ones(2, 4))
+    assert not runs.fits(alone, torch.ones(4))
 
 
 def test_gathering_costs_little_against_one_layer():

@@ -18,11 +18,14 @@ from fastnn.activations import ACTIVATIONS
 from fastnn.dispatch import Machine
 from fastnn.kernels import tiles
 from fastnn.kernels.launch import (
-    Epilogue,
-    Norm,
+    BACKWARD,
+    FORWARD,
+    Launch,
+    Settings,
     backward_columns,
     backward_linear,
     backward_split,
+    descriptors,
     forward_apply,
     forward_columns,
     forward_linear,
@@ -44,25 +47,47 @@ PRECISIONS = {torch.float32: ("tf32", "bf16x6"), torch.bfloat16: ("ieee",)}
 SMALL_SHAPES = ((64, 100, 784), (256, 104, 400), (256, 501, 343), (512, 501, 343), (512, 104, 784))
 
 
-def norm_of(mode: str, N: int) -> Norm:
-    column = torch.empty(N)
-    return Norm(mode, column, column, column, column, torch.zeros((), dtype=torch.int64))
+RELU = Settings("batch", activation="relu", p=0.5)  # the cheapest activation, and
+GELU = Settings("none", activation="gelu", p=0.5)  # the most expensive
 
 
-def activations() -> tuple[Epilogue, Epilogue]:
-    """The cheapest and the most expensive, with dropout."""
-    seed = torch.zeros((), dtype=torch.int64)
-    return Epilogue("relu", p=0.5, seed=seed), Epilogue("gelu", p=0.5, seed=seed)
+def compile_all(launches: list[Launch], **tensors: torch.Tensor | None) -> None:
+    """With the tensors given by the names in FORWARD and BACKWARD, None for the others; the seed is a number."""
+    names = FORWARD if "out" in tensors else BACKWARD
+    for launch in launches:
+        launch.by_triton((*(tensors.get(name) for name in names[:-1]), 0), keep=False)
 
 
-def train(tiles_of, forward, backward, M: int, N: int, dtype: torch.dtype, gpu: Machine) -> tuple:
+def columns_of(norm: str, N: int) -> dict[str, torch.Tensor]:
+    """Parameters, statistics and buffers."""
+    if norm == "none":
+        return {}
+    names = ("gamma", "beta", "stats", "running_mean", "running_var")
+    return {name: torch.empty(N) for name in names} | {"batches": torch.zeros((), dtype=torch.int64)}
+
+
+def values_of(settings: Settings, M: int, N: int, K: int, dtype: torch.dtype) -> dict:
+    return settings.values(M, N, K, dtype.itemsize, counts=True)
+
+
+def walk(launcher, tiles_of, settings: Settings, M: int, N: int, dtype: torch.dtype, gpu: Machine) -> None:
+    """A forward or backward of z (M, N); all gradients of the latter."""
+    z, columns = torch.empty((M, N), dtype=dtype), columns_of(settings.norm, N)
+    shape = tiles_of(M, N, dtype.itemsize, gpu.multiprocessors)
+    launches = launcher(None, values_of(settings, M, N, 0, dtype), shape)
+    if launcher in (backward_columns, backward_split):
+        gradients = {"dgamma": columns["gamma"], "dbeta": columns["beta"]} if columns else {}
+        tensors = {"g": z, "dz": z, "dbias": torch.empty(N), **gradients}
+    else:
+        tensors = {"out": z}
+    partials = None if settings.norm != "batch" and "out" in tensors else torch.empty(8)
+    compile_all(launches, z=z, partials=partials, **columns, **tensors)
+
+
+def train(tiles_of, forward, backward, M: int, N: int, dtype: torch.dtype, gpu: Machine) -> None:
     """Forward and backward with ReLU and dropout."""
-    relu, _ = activations()
-    z, stats = torch.empty((M, N), dtype=dtype), torch.empty((2, N))
-    shape = tiles_of(M, N, z.element_size(), gpu.multiprocessors)
-    forward(z, norm_of("batch", N), relu, shape)
-    backward(z, z, stats, norm_of("batch", N), relu, stats[0], shape)
-    return z, stats, shape
+    walk(forward, tiles_of, RELU, M, N, dtype, gpu)
+    walk(backward, tiles_of, RELU, M, N, dtype, gpu)
 
 
 train_by_columns = partial(train, tiles.columns_tiles, forward_columns, backward_columns)
@@ -70,105 +95,122 @@ train_by_split = partial(train, tiles.split_tiles, forward_split, backward_split
 
 
 def launch_columns(M: int, N: int, dtype: torch.dtype, gpu: Machine) -> None:
-    relu, gelu = activations()
-    z, stats, shape = train_by_columns(M, N, dtype, gpu)
+    train_by_columns(M, N, dtype, gpu)
     if M == 64:
-        forward_columns(z, norm_of("batch", N)._replace(momentum=None), relu, shape)
+        walk(forward_columns, tiles.columns_tiles, RELU._replace(momentum=None), M, N, dtype, gpu)
     if M == 1024 and N == 1024:
-        forward_columns(z, norm_of("batch", N), Epilogue("relu"), shape)
+        walk(forward_columns, tiles.columns_tiles, Settings("batch", activation="relu"), M, N, dtype, gpu)
     if M > 1024:
-        backward_columns(z, z, stats, norm_of("running", N), relu, stats[0], shape)
-        backward_columns(z, z, None, Norm("none"), gelu, stats[0], shape)
+        walk(backward_columns, tiles.columns_tiles, RELU._replace(norm="running"), M, N, dtype, gpu)
+        walk(backward_columns, tiles.columns_tiles, GELU, M, N, dtype, gpu)
 
 
 def launch_split(M: int, N: int, dtype: torch.dtype, gpu: Machine) -> None:
-    relu, gelu = activations()
-    z, stats, shape = train_by_split(M, N, dtype, gpu)
+    train_by_split(M, N, dtype, gpu)
     if M > 100_000:
-        forward_apply(z, norm_of("running", N), relu, shape)
-        forward_apply(z, Norm("none"), gelu, shape)
-        backward_split(z, z, stats, norm_of("running", N), relu, stats[0], shape)
-        backward_split(z, z, None, Norm("none"), gelu, stats[0], shape)
+        for launcher in (forward_apply, backward_split):
+            walk(launcher, tiles.split_tiles, RELU._replace(norm="running"), M, N, dtype, gpu)
+            walk(launcher, tiles.split_tiles, GELU, M, N, dtype, gpu)
 
 
-def descriptors_serve(x: torch.Tensor, weight: torch.Tensor, gpu: Machine) -> bool:
-    return gpu.copies_tiles and dispatch.copies_tiles(x, weight)
+def operands(M: int, N: int, K: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {"x": torch.empty((M, K), dtype=dtype), "weight": torch.empty((N, K), dtype=dtype)}
+
+
+def descriptors_serve(K: int, dtype: torch.dtype, gpu: Machine) -> bool:
+    return gpu.copies_tiles and K * dtype.itemsize % tiles.ACCESS_BYTES == 0
+
+
+def product(
+    launcher, settings: Settings, shape, precision: str, M: int, N: int, K: int, dtype: torch.dtype,
+    tensors: dict[str, torch.Tensor], keep_z: bool = True,
+) -> None:  # fmt: skip
+    """A forward with a product of ours: operands and bias in tensors."""
+    out, made = torch.empty((M, N), dtype=dtype), getattr(shape, "product", shape)
+    if made.descriptors:
+        x, weight = descriptors(tensors["x"], tensors["weight"], made)
+        tensors = tensors | {"x": x, "weight": weight}
+    columns = columns_of(settings.norm, N)
+    launches = launcher(None, values_of(settings, M, N, K, dtype), shape, precision)
+    compile_all(launches, out=out, z=out if keep_z else None, partials=torch.empty(8), **columns, **tensors)
 
 
 def launch_linear(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> None:
-    relu, _ = activations()
-    x, weight, bias = torch.empty((M, K), dtype=dtype), torch.empty((N, K), dtype=dtype), torch.empty(N, dtype=dtype)
+    given, bias = operands(M, N, K, dtype), {"bias": torch.empty(N, dtype=dtype)}
     plain, folded = (
-        tiles.linear_tiles(M, N, K, x.element_size(), fold, descriptors_serve(x, weight, gpu), gpu.multiprocessors)
+        tiles.linear_tiles(M, N, K, dtype.itemsize, fold, descriptors_serve(K, dtype, gpu), gpu.multiprocessors)
         for fold in (False, True)
     )
     for precision in PRECISIONS[dtype][: None if M * N * K <= plans.SPLIT_PRODUCT else 1]:
-        forward_linear(x, weight, bias, Norm("none"), relu, plain, precision, True)
-        forward_linear(x, weight, None, norm_of("running", N), relu, folded, precision, False)
+        relu = RELU._replace(norm="none")
+        product(forward_linear, relu, plain, precision, M, N, K, dtype, given | bias)
+        product(forward_linear, RELU._replace(norm="running"), folded, precision, M, N, K, dtype, given, False)
 
 
 def launch_epilogue(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> None:
-    relu, _ = activations()
-    x, weight, bias = torch.empty((M, K), dtype=dtype), torch.empty((N, K), dtype=dtype), torch.empty(N, dtype=dtype)
-    descriptors = descriptors_serve(x, weight, gpu)
+    given = operands(M, N, K, dtype) | {"bias": torch.empty(N, dtype=dtype)}
+    copied = descriptors_serve(K, dtype, gpu)
     for precision in PRECISIONS[dtype]:
         split = precision == "bf16x6"
-        shape = tiles.linear_statistics_tiles(M, N, x.element_size(), split, descriptors, gpu.multiprocessors)
-        forward_linear_statistics(x, weight, bias, norm_of("batch", N), relu, shape, precision)
+        shape = tiles.linear_statistics_tiles(M, N, dtype.itemsize, split, copied, gpu.multiprocessors)
+        product(forward_linear_statistics, RELU, shape, precision, M, N, K, dtype, given)
+
+
+def gradients_of_product(
+    tensors: dict[str, torch.Tensor], precision: str, M: int, N: int, K: int, dtype: torch.dtype
+) -> None:
+    """In the dtypes of the operands and the bias."""
+    x, weight, bias = tensors["x"], tensors["weight"], tensors["bias"]
+    shape = tiles.linear_backward_tiles(weight.element_size())
+    launches = backward_linear(None, values_of(GELU, M, N, K, dtype), shape, precision, True)
+    dz = torch.empty((M, N), dtype=dtype)
+    compile_all(launches, dz=dz, x=x, weight=weight, dx=x, dweight=weight, dz_sum=bias)
 
 
 def launch_small(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> None:
-    relu, _ = activations()
-    x, weight, z, bias = (torch.empty(shape, dtype=dtype) for shape in ((M, K), (N, K), (M, N), N))
+    given = operands(M, N, K, dtype) | {"bias": torch.empty(N, dtype=dtype)}
     for precision in PRECISIONS[dtype]:
         split = precision == "bf16x6"
         if tiles.whole_batch_rows(split) >= M:
-            shape = tiles.whole_batch_tiles(M, K, x.element_size(), split)
-            forward_whole_batch(x, weight, bias, norm_of("batch", N), relu, shape, precision, True)
+            shape = tiles.whole_batch_tiles(M, K, dtype.itemsize, split)
+            product(forward_whole_batch, RELU, shape, precision, M, N, K, dtype, given)
     if M == 64:
         for precision in PRECISIONS[dtype]:
-            shape = tiles.linear_backward_tiles(x.element_size())
-            backward_linear(z, x, weight, bias, True, shape, precision)
+            gradients_of_product(given, precision, M, N, K, dtype)
 
 
 def launch_autocast(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> None:
     """The same of a product computed in dtype: all operands fp32, as in a first layer, or the weight and bias alone."""
-    relu, _ = activations()
-    weight, bias, g = torch.empty((N, K)), torch.empty(N), torch.empty((M, N), dtype=dtype)
-    for x in (torch.empty((M, K)), torch.empty((M, K), dtype=dtype)):
+    given = operands(M, N, K, torch.float32) | {"bias": torch.empty(N)}
+    for x in (given["x"], given["x"].to(dtype)):
+        tensors = given | {"x": x}
         shape = tiles.whole_batch_tiles(M, K, x.element_size(), False)
-        forward_whole_batch(x, weight, bias, norm_of("batch", N), relu, shape, "ieee", True, dtype)
+        product(forward_whole_batch, RELU, shape, "ieee", M, N, K, dtype, tensors)
         if M == 512:
             continue  # the others' tiles are those of fewer rows
         for norm in ("none", "running"):
-            shape = tiles.linear_tiles(M, N, K, weight.element_size(), norm == "running", False, gpu.multiprocessors)
-            forward_linear(x, weight, bias, norm_of(norm, N), relu, shape, "ieee", norm == "none", dtype)
-        backward_linear(g, x, weight, bias, True, tiles.linear_backward_tiles(weight.element_size()), "ieee")
+            shape = tiles.linear_tiles(M, N, K, 4, norm == "running", False, gpu.multiprocessors)
+            settings = RELU._replace(norm=norm)
+            product(forward_linear, settings, shape, "ieee", M, N, K, dtype, tensors, norm == "none")
+        gradients_of_product(tensors, "ieee", M, N, K, dtype)
 
 
 def launch_eval(M: int, N: int, K: int, dtype: torch.dtype, gpu: Machine) -> None:
     """BatchNorm folded into the GEMM; in fp32 by TF32, as without it the library's GEMM serves."""
-    x, weight = torch.empty((M, K), dtype=dtype), torch.empty((N, K), dtype=dtype)
-    descriptors = descriptors_serve(x, weight, gpu)
-    shape = tiles.linear_tiles(M, N, K, x.element_size(), True, descriptors, gpu.multiprocessors)
-    precision = "tf32" if dtype == torch.float32 else "ieee"
-    forward_linear(x, weight, None, norm_of("running", N), Epilogue("relu"), shape, precision, False)
-
-
-class SeedOnDevice(Epilogue):
-    """Its seed is read from device memory, as under graph capture."""
-
-    def seed_arguments(self) -> tuple[torch.Tensor | None, int]:
-        return self.seed, 0
+    copied = descriptors_serve(K, dtype, gpu)
+    shape = tiles.linear_tiles(M, N, K, dtype.itemsize, True, copied, gpu.multiprocessors)
+    precision, settings = "tf32" if dtype == torch.float32 else "ieee", Settings("running", activation="relu")
+    product(forward_linear, settings, shape, precision, M, N, K, dtype, operands(M, N, K, dtype), False)
 
 
 def launch_every_activation(M: int, N: int, dtype: torch.dtype, gpu: Machine) -> None:
-    z = torch.empty((M, N), dtype=dtype)
-    shape = tiles.columns_tiles(M, N, z.element_size(), gpu.multiprocessors)
+    """With a seed that is read from device memory, as under graph capture."""
+    z, seed_ptr = torch.empty((M, N), dtype=dtype), torch.zeros((), dtype=torch.int64)
+    shape = tiles.columns_tiles(M, N, dtype.itemsize, gpu.multiprocessors)
     for name in ACTIVATIONS:
-        epilogue = SeedOnDevice(name, p=0.5, seed=torch.zeros((), dtype=torch.int64))
-        forward_apply(z, Norm("none"), epilogue, shape)
-        backward_columns(z, z, None, Norm("none"), epilogue, None, shape)
+        values = values_of(GELU._replace(activation=name), M, N, 0, dtype)
+        compile_all(forward_apply(None, values, shape), z=z, out=z, seed_ptr=seed_ptr)
+        compile_all(backward_columns(None, values, shape), g=z, z=z, dz=z, seed_ptr=seed_ptr)
 
 
 CASES = [

@@ -6,7 +6,8 @@ from support.blocks import PLANS, Block
 from support.numerics import judge, judge_once
 
 from fastnn import dispatch, plans
-from fastnn.kernels import launch, tiles
+from fastnn.functional import BatchNorm, linear_batch_norm_act_dropout
+from fastnn.kernels import tiles
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,12 +45,14 @@ def test_programs_of_several_tiles_each_way(M, dtype, device, monkeypatch):
         judge_once(block.ours, block.eager, inputs, block.axes)
 
 
-def test_more_partials_than_are_combined_at_a_time(device):
+def test_more_partials_than_are_combined_at_a_time(device, monkeypatch):
     """40 chunks, 32 at a time, the last of them short."""
+    monkeypatch.setattr(tiles, "split_tiles", lambda *shape: tiles.Tiles(16, 8, 40, 16, 1))
     z = (1e4 + torch.randn(630, 8)).to(device)
     mean, var = torch.zeros(8, device=device), torch.ones(8, device=device)
-    norm = launch.Norm("batch", running_mean=mean, running_var=var, momentum=1.0)
-    out, _ = launch.forward_split(z, norm, launch.Epilogue(), tiles.Tiles(16, 8, 40, 16, 1))
+    norm = BatchNorm(running_mean=mean, running_var=var, momentum=1.0)
+    with plans.forced_plan("split"):
+        out = linear_batch_norm_act_dropout(z, batch_norm=norm)
     exact = z.double()
     torch.testing.assert_close(mean.double(), exact.mean(0), rtol=1e-7, atol=0)
     torch.testing.assert_close(var.double(), exact.var(0), rtol=2e-6, atol=0)

@@ -9,7 +9,6 @@ from support.blocks import KEY
 from fastnn import ops, plans, reference
 from fastnn.kernels import launch
 from fastnn.kernels.dropout import threshold_and_scale
-from fastnn.kernels.launch import Epilogue, Norm
 from fastnn.kernels.tiles import Tiles
 
 # Known answers of the Random123 distribution (kat_vectors): rounds, counter, key, result.
@@ -29,9 +28,14 @@ def test_our_numpy_philox_gives_the_known_answers(rounds, counter, key, expected
 
 def multiplier_of_forward(M, N, p, key=KEY, tiles=None):
     """What the elementwise kernel multiplies ones by."""
-    tiles = tiles or Tiles(16, 32, 1, M, 1)
-    out, _ = launch.forward_apply(torch.ones(M, N), Norm("none"), Epilogue(p=p, seed=torch.tensor(key)), tiles)
-    return out
+    return dropped(torch.ones(M, N), p, tiles or Tiles(16, 32, 1, M, 1), key)
+
+
+def dropped(z, p, tiles, key=KEY, seed=None):
+    (apply,) = launch.forward_apply(None, launch.Settings(p=p).values(*z.shape, 0, 4, False), tiles)
+    tensors = {"z": z, "out": torch.empty_like(z), "seed_ptr": seed, "seed": key}
+    apply.by_triton(tuple(tensors.get(name) for name in launch.FORWARD), keep=False)
+    return tensors["out"]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (33, 64), (70, 101)], ids=str)
@@ -66,10 +70,10 @@ def test_forward_and_backward_of_every_plan_draw_one_mask(norm, plan):
     torch.testing.assert_close(gradient, (g * multiplier).sum(0), rtol=1e-5, atol=1e-5)
 
 
-def test_seed_in_device_memory_draws_the_same_mask(monkeypatch):
-    expected = multiplier_of_forward(9, 24, 0.5)
-    monkeypatch.setattr(Epilogue, "seed_arguments", lambda self: (self.seed, 0))
-    assert torch.equal(multiplier_of_forward(9, 24, 0.5), expected)
+def test_seed_in_device_memory_draws_the_same_mask():
+    tiles = Tiles(16, 32, 1, 9, 1)
+    given = dropped(torch.ones(9, 24), 0.5, tiles, key=0, seed=torch.tensor(KEY))
+    assert torch.equal(given, multiplier_of_forward(9, 24, 0.5))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -112,7 +116,7 @@ def test_scale_is_of_the_rate_drawn(p):
 def test_everything_dropped_is_multiplied_by_zero_as_in_torch():
     """NaN stays NaN and everything else becomes 0, at p = 1 and at a dropped element."""
     z = torch.tensor([[float("nan"), float("inf"), 1.0, -2.0]]).repeat(2, 2)
-    out, _ = launch.forward_apply(z, Norm("none"), Epilogue(p=1.0, seed=torch.tensor(KEY)), Tiles(16, 8, 1, 2, 1))
+    out = dropped(z, 1.0, Tiles(16, 8, 1, 2, 1))
     expected = torch.nn.functional.dropout(z, 1.0)
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.nan_to_num(), expected.nan_to_num())

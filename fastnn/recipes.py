@@ -1,0 +1,257 @@
+"""Blocks prepared: plan, tiles and launches settled once for a shape, then run in a few microseconds of the host."""
+
+import functools
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import memory, plans
+from .dispatch import launch, tiles
+from .problems import Problem, saved_elements, stats_of
+
+_KEPT = 4096  # recipes of each direction, the least used forgotten first
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def seed_arguments(seed: Tensor | None) -> tuple[Tensor | None, Any]:
+    """A seed on the host goes to the kernel as a value, one on the device (tracing, capture) by its address."""
+    if seed is None:
+        return None, 0
+    return (None, seed.item()) if seed.is_cpu else (seed, 0)
+
+
+class _Recipe:
+    """The launches of a problem in one direction, and the memory they take."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.settings, self.values = problem, problem.settings, problem.values
+        self.launches: list[Any] = []
+        self.compiled = False  # all of them, so that they may be launched by address
+        self.partials: int | None = None  # fp32, what one launch leaves to the next
+        self.descriptors: Any = None  # tiles of a product whose operands are copied by them
+        self.shape, self.strides = (problem.M, problem.N), (problem.N, 1)
+        self.empty, self.dtype = memory.allocator(problem.device), problem.dtype
+        self.index = problem.device.index if problem.device.type == "cuda" else None
+
+    def _keep_z(self, keeps: bool) -> None:
+        self.keeps_z = keeps
+        found = saved_elements(*self.shape, self.problem.dtype, self.settings, keeps)
+        self.z_begin, self.elements = found
+        self.z_address = self.z_begin * self.problem.dtype.itemsize
+
+    def _statistics_plan(self) -> tuple[str, Any]:
+        """Plan and tiles of kernels that walk z, with sums over its rows."""
+        p, itemsize = self.problem, self.problem.dtype.itemsize
+        plan = plans.statistics_plan(p.M, p.N, itemsize, p.device)
+        rule = tiles.columns_tiles if plan == "columns" else tiles.split_tiles
+        return plan, rule(p.M, p.N, itemsize, p.multiprocessors)
+
+    def _is_elsewhere(self) -> bool:
+        """Whether another device is current: Triton launches on that one, whatever its arguments'."""
+        return self.index is not None and torch.cuda.current_device() != self.index
+
+    def _scratch(self) -> Tensor | None:
+        if self.partials is None:
+            return None
+        return self.empty((self.partials,), (1,), torch.float32)
+
+    def _z_of(self, saved: Tensor) -> Tensor:
+        return saved.as_strided(self.shape, self.strides, self.z_begin)
+
+    def _launch(self, tensors: tuple[Any, ...], saved: Tensor, operands: int, seed: int) -> None:
+        """tensors: as launch.FORWARD or BACKWARD names them, but for z, stats and the seed.
+
+        operands: where among them are the input and the weight.
+        """
+        x, weight = tensors[operands : operands + 2]
+        if self.compiled and x.is_contiguous() and (weight is None or weight.is_contiguous()):
+            addresses: list[Any] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+            if functools.reduce(operator.or_, addresses) % tiles.ACCESS_BYTES == 0:
+                stats = saved.data_ptr()
+                z = stats + self.z_address if self.keeps_z else addresses[operands]
+                if self.descriptors is not None:
+                    addresses[operands : operands + 2] = launch.descriptors(x, weight, self.descriptors)
+                launch.by_address(self.launches, (*addresses, z, stats, seed))
+                return
+        self._launch_by_triton(list(tensors), saved, operands, seed)
+        self.compiled = all(step.is_compiled for step in self.launches)
+
+    def _launch_by_triton(self, tensors: list[Any], saved: Tensor, operands: int, seed: int) -> None:
+        for place in (operands, operands + 1):
+            if tensors[place] is not None:
+                tensors[place] = tensors[place].contiguous()
+        aligned = not functools.reduce(operator.or_, [t.data_ptr() for t in tensors if t is not None]) % 16
+        z = self._z_of(saved) if self.keeps_z else None if self.problem.K else tensors[operands]
+        stats = None if self.settings.norm == "none" else stats_of(saved, self.problem.N)
+        if self.descriptors is not None:
+            x, weight = (t if t.data_ptr() % 16 == 0 else t.clone() for t in tensors[operands : operands + 2])
+            tensors[operands : operands + 2] = launch.descriptors(x, weight, self.descriptors)
+        for step in self.launches:
+            step.by_triton((*tensors, z, stats, seed), keep=aligned)
+
+
+class Forward(_Recipe):
+    """(out, saved) of a block; saved is scratch where no backward follows."""
+
+    def __init__(self, problem: Problem, save: bool) -> None:
+        super().__init__(problem)
+        alone, linear = self.settings.is_linear_alone, problem.K > 0
+        self.backwards: dict[tuple[bool, bool, bool], Backward] = {}
+        self.library = linear and not self._takes_our_product(save and not alone)
+        self.is_library_alone = self.library and alone
+        if not linear or (self.library and not alone):
+            self._walk_z()
+        self._keep_z(linear and not alone and (save or self.library or self.partials is not None))
+
+    def backward(self, needs_linear: tuple[bool, bool, bool]) -> "Backward":
+        """needs_linear: which of the gradients by input, weight and bias are asked for."""
+        found = self.backwards.get(needs_linear)
+        if found is None:
+            found = self.backwards[needs_linear] = backward(self.problem, needs_linear)
+        return found
+
+    def _takes_our_product(self, save: bool) -> bool:
+        p, norm = self.problem, self.settings.norm
+        M, N, K, dtype = p.M, p.N, p.K, p.dtype
+        plan = plans.forward_plan(M, N, K, dtype, p.device, norm, save)
+        if plan not in ("whole_batch", "epilogue") or (self.settings.is_linear_alone and p.computes_as_stored):
+            return False
+        precision, split, form = plans.product_precision(dtype), plans.splits(dtype), _form(p, save)
+        shape: Any
+        if plan == "whole_batch":
+            assert p.dtypes[0] is not None
+            shape = tiles.whole_batch_tiles(M, K, max(p.dtypes[0].itemsize, dtype.itemsize), split)
+            self.launches = launch.forward_whole_batch(form, self.values, shape, precision)
+        elif norm == "batch":
+            strips = tiles.linear_statistics_tiles(M, N, p.widest, split, p.copies_tiles, p.multiprocessors)
+            self.launches = launch.forward_linear_statistics(form, self.values, strips, precision)
+            self.partials, shape = strips.apply.chunks * 3 * N, strips.product
+        else:
+            shape = tiles.linear_tiles(M, N, K, p.widest, norm == "running", p.copies_tiles, p.multiprocessors)
+            self.launches = launch.forward_linear(form, self.values, shape, precision)
+        self.descriptors = shape if shape.descriptors else None
+        return True
+
+    def _walk_z(self) -> None:
+        """By kernels that read z: the input, or what the library makes of it."""
+        plan, shape = self._statistics_plan()
+        if self.settings.norm != "batch":
+            plan = "apply"
+        elif plan == "split":
+            self.partials = shape.chunks * 3 * self.problem.N
+        self.launches = getattr(launch, "forward_" + plan)(_form(self.problem), self.values, shape)
+
+    def __call__(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+        running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if self._is_elsewhere():
+            with torch.cuda.device(self.index):
+                return self(input, weight, bias, gamma, beta, running_mean, running_var, batches, seed)
+        out, saved = self.empty(self.shape, self.strides, self.dtype), self.empty((self.elements,), (1,), self.dtype)
+        if self.library:
+            assert weight is not None
+            z = self._z_of(saved) if self.keeps_z else out
+            if bias is None:  # into an out= tensor, which autocast leaves alone
+                torch.mm(input, weight.t(), out=z)
+            else:
+                torch.addmm(bias, input, weight.t(), out=z)
+        if self.launches:
+            on_device, value = seed_arguments(seed)
+            tensors = (
+                input, weight, bias, gamma, beta, running_mean, running_var, batches, on_device, self._scratch(), out,
+            )  # fmt: skip
+            self._launch(tensors, saved, 0, value)
+        return out, saved
+
+
+class Backward(_Recipe):
+    """Gradients by input, weight, bias, gamma and beta: None where there are none, or none are needed."""
+
+    def __init__(self, problem: Problem, needs_linear: tuple[bool, bool, bool]) -> None:
+        super().__init__(problem)
+        self.needs_input, self.needs_weight, self.needs_bias = needs_linear
+        self.linear = problem.K > 0
+        self.alone = self.linear and self.settings.is_linear_alone
+        form = _form(problem, needs_linear)
+        if not self.alone:
+            plan, shape = self._statistics_plan()
+            self.launches = getattr(launch, "backward_" + plan)(form, self.values, shape)
+            self.partials = shape.chunks * 2 * problem.N if plan == "split" else None
+        M, N, K = problem.M, problem.N, problem.K
+        self.columns, self.input_shape, self.weight_shape, self.input_strides = (N,), (M, K), (N, K), (K, 1)
+        self.grouped = self.linear and self._groups_products()
+        self.makes_dx, self.makes_dweight = self.linear and self.needs_input, self.linear and self.needs_weight
+        self.makes_dbias = self.needs_bias and problem.dtypes[2] is not None and (self.grouped or not self.alone)
+        if self.grouped:
+            shape, precision = tiles.linear_backward_tiles(problem.widest), plans.product_precision(problem.dtype)
+            self.launches += launch.backward_linear(form, self.values, shape, precision, self.needs_input)
+        self._keep_z(self.linear and not self.alone)
+
+    def _groups_products(self) -> bool:
+        p = self.problem
+        several = self.needs_input or (self.needs_bias and self.alone) or not p.computes_as_stored
+        plan = plans.linear_backward_plan(p.M, p.N, p.K, p.dtype, p.device)
+        return self.needs_weight and several and plan == "grouped"
+
+    def __call__(
+        self, grad: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, gamma: Tensor | None,
+        beta: Tensor | None, saved: Tensor, seed: Tensor | None,
+    ) -> Gradients:  # fmt: skip
+        if self._is_elsewhere():
+            with torch.cuda.device(self.index):
+                return self(grad, input, weight, bias, gamma, beta, saved, seed)
+        grad = grad.contiguous()
+        dz = grad if self.alone else self.empty(self.shape, self.strides, self.dtype)
+        dtypes: tuple[Any, ...] = self.problem.dtypes
+        dgamma = None if gamma is None else self.empty(self.columns, (1,), dtypes[3])
+        dbeta = None if beta is None else self.empty(self.columns, (1,), dtypes[4])
+        dbias = self.empty(self.columns, (1,), dtypes[2]) if self.makes_dbias else None
+        dx = self.empty(self.input_shape, self.input_strides, dtypes[0]) if self.makes_dx else None
+        dweight = self.empty(self.weight_shape, self.input_strides, dtypes[1]) if self.makes_dweight else None
+        if self.launches:
+            on_device, value = seed_arguments(seed)
+            tensors = (
+                grad, input, weight, gamma, beta, on_device, self._scratch(), dz, dgamma, dbeta,
+                None if self.alone else dbias, dx, dweight, dbias if self.alone else None,
+            )  # fmt: skip
+            self._launch(tensors, saved, 1, value)
+        if not self.linear:
+            dx = dz
+        elif not self.grouped:
+            assert weight is not None
+            if dx is not None:
+                torch.mm(dz, weight, out=dx)
+            if dweight is not None:
+                torch.mm(dz.t(), input, out=dweight)
+            if self.needs_bias and self.alone:
+                dbias = dz.sum(0)
+        return dx, dweight, dbias, dgamma, dbeta
+
+
+def _form(problem: Problem, *flags: Any) -> tuple:
+    """What kernels are compiled for beside their own flags: which tensors there are, of which dtypes, and where."""
+    return problem.device, problem.dtype, problem.dtypes, problem.seed_on_device, flags
+
+
+@functools.lru_cache(_KEPT)
+def _forward(problem: Problem, save: bool, precision: str, generation: int) -> Forward:
+    return Forward(problem, save)
+
+
+@functools.lru_cache(_KEPT)
+def _backward(problem: Problem, needs_linear: tuple[bool, bool, bool], precision: str, generation: int) -> Backward:
+    return Backward(problem, needs_linear)
+
+
+def forward(problem: Problem, save: bool) -> Forward:
+    """save: whether a backward follows."""
+    return _forward(problem, save, plans.product_precision(problem.dtype), plans.generation)
+
+
+def backward(problem: Problem, needs_linear: tuple[bool, bool, bool]) -> Backward:
+    """needs_linear: which of the gradients by input, weight and bias are asked for."""
+    return _backward(problem, needs_linear, plans.product_precision(problem.dtype), plans.generation)
