@@ -13,7 +13,7 @@ A new allocation never takes the place of one of the graph's, and streams are no
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 from typing import Any
 from unittest.mock import patch
@@ -32,7 +32,7 @@ from fastnn import memory
 from fastnn.kernels import launch
 from fastnn.nn import utils
 from fastnn.optim import engine
-from support.interpreter import WRITES, touched
+from support.interpreter import WRITES, touched_bytes
 from support.ops_log import ALLOCATIONS
 
 HOST_READS = (Tensor.cpu, Tensor.numpy, Tensor.tolist)  # which on a CPU are no ops
@@ -63,7 +63,7 @@ class Stream:
 def recorded_graphs() -> Iterator[None]:
     """Names of torch.cuda that a capture needs, for the time of the block."""
     assert triton.knobs.runtime.interpret, "kernels on a CPU run in Triton's interpreter"
-    names = {
+    names: dict[str, Any] = {
         "CUDAGraph": RecordedGraph,
         "graph": record,
         "Stream": Stream,
@@ -123,8 +123,7 @@ class _Recording(TorchDispatchMode):
 
     def _restore_later(self, tensors: list[Tensor]) -> None:
         for here in map(_memory, tensors):
-            before = here.clone()
-            self.undoing.append(lambda here=here, before=before: here.copy_(before))
+            self.undoing.append(partial(here.copy_, here.clone()))
 
     def _record(self, run: Callable, args: tuple, kwargs: dict, made: list[Tensor | None]) -> None:
         args, kwargs = tree_map_only(Tensor, _memory, (args, kwargs))
@@ -138,7 +137,7 @@ class _Recording(TorchDispatchMode):
         self.graph.work.append(do)
         for place in places:
             if place is not None and place.is_floating_point():
-                self.undoing.append(lambda place=place: place.fill_(float("nan")))
+                self.undoing.append(partial(place.fill_, float("nan")))
 
     def launch(self, execute: Callable[..., None]) -> Callable[..., None]:
         @wraps(execute)
@@ -161,10 +160,12 @@ class _Recording(TorchDispatchMode):
         @wraps(write)
         def noted(*args: Any, **kwargs: Any) -> Any:
             arguments = bind(*args, **kwargs).arguments
-            addresses = touched(arguments.get("ptrs", arguments.get("ptr")), arguments.get("mask")).astype(np.uint64)
+            addresses = touched_bytes(arguments.get("ptrs", arguments.get("ptr")), arguments.get("mask")).astype(
+                np.uint64
+            )
             everywhere, zeros = np.ones(len(addresses), bool), np.zeros(len(addresses), np.uint8)
             before = interpreter.load(addresses, everywhere, zeros, zeros.dtype)
-            self.undoing.append(lambda: interpreter.store(addresses, before, everywhere))
+            self.undoing.append(partial(interpreter.store, addresses, before, everywhere))
             return write(*args, **kwargs)
 
         return noted
