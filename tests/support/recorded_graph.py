@@ -112,18 +112,13 @@ class _Recording(TorchDispatchMode):
             raise RuntimeError(f"{name} reads device memory on the host, which a capture cannot")
         if func.is_view or name in ALLOCATIONS:
             return func(*args, **kwargs)
-        given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
-        if func._schema.is_mutable:
-            self._restore_later(given)
+        given = {storage.data_ptr(): storage for storage in map(Tensor.untyped_storage, _tensors((args, kwargs)))}
+        for storage in given.values():  # of all: torch's batch_norm writes statistics without its schema saying so
+            self.undoing.append(partial(storage.copy_, storage.clone()))
         results = func(*args, **kwargs)
-        known = {tensor.untyped_storage().data_ptr() for tensor in given}
-        made = [t if t.untyped_storage().data_ptr() not in known else None for t in _tensors(results)]
+        made = [t if t.untyped_storage().data_ptr() not in given else None for t in _tensors(results)]
         self._record(func, args, kwargs, made)
         return results
-
-    def _restore_later(self, tensors: list[Tensor]) -> None:
-        for here in map(_memory, tensors):
-            self.undoing.append(partial(here.copy_, here.clone()))
 
     def _record(self, run: Callable, args: tuple, kwargs: dict, made: list[Tensor | None]) -> None:
         args, kwargs = tree_map_only(Tensor, _memory, (args, kwargs))
@@ -190,11 +185,11 @@ def _memory(tensor: Tensor) -> Tensor:
     return tensor.data
 
 
-def _tensors(results: Any) -> list[Tensor]:
-    return [result for result in tree_leaves(results) if isinstance(result, Tensor)]
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def _indexes_by_position(func: Any, args: tuple) -> bool:
     """Whether it is an indexing whose result has a known shape: by a mask it has not."""
-    indices = [t for t in tree_leaves(args[1]) if isinstance(t, Tensor)] if func is torch.ops.aten.index.Tensor else []
+    indices = _tensors(args[1]) if func is torch.ops.aten.index.Tensor else []
     return bool(indices) and all(index.dtype == torch.int64 for index in indices)
