@@ -11,7 +11,6 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
-from support.recorded_graph import recorded_graphs
 
 import fastnn
 
@@ -65,9 +64,8 @@ def test_digits_trains_alike_with_each_optimizer_of_both(tmp_path, interpret, dr
     assert losses[::2] == pytest.approx(losses[1::2], rel=0, abs=tolerance)
 
 
-@pytest.mark.skipif(not fastnn.dispatch.INTERPRETED, reason="graphs are recorded in Triton's interpreter only")
 @pytest.mark.parametrize(("library", "name"), [(torch, "sgd"), (torch, "adagrad"), (fastnn, "sgd"), (fastnn, "nadam")])
-def test_digits_in_a_graph_trains_as_it_does_step_by_step(library, name):
+def test_digits_in_a_graph_trains_as_it_does_step_by_step(library, name, recorded):
     """Two steps of five are replays. torch's capturable optimizers want a GPU, its fused ones do not."""
     digits = runpy.run_path(str(DIGITS))
     runs = []
@@ -76,8 +74,7 @@ def test_digits_in_a_graph_trains_as_it_does_step_by_step(library, name):
             seed=0, hidden=[8], dropout=0.0, device="cpu", batch_size=251, epochs=2, graph=graph, lr=0.02
         )
         parts = digits["load"](args.seed, args.device)
-        with recorded_graphs():
-            losses, _, row = digits["train"](*digits["prepare"](library, name, args), parts, args, "")
+        losses, _, row = digits["train"](*digits["prepare"](library, name, args), parts, args, "")
         runs.append([*losses, *map(float, row[:2])])
     assert runs[1] == pytest.approx(runs[0], rel=1e-4)
     assert runs[0][1] < runs[0][0]

@@ -2,19 +2,10 @@
 
 import pytest
 import torch
-from support.recorded_graph import recorded_graphs
 
 import fastnn
 
-pytestmark = pytest.mark.skipif(
-    not fastnn.dispatch.INTERPRETED, reason="graphs are recorded in Triton's interpreter only"
-)
-
-
-@pytest.fixture(autouse=True)
-def recorded():
-    with recorded_graphs():
-        yield
+pytestmark = pytest.mark.usefixtures("recorded")
 
 
 def capture(step):
