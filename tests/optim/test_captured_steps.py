@@ -41,6 +41,34 @@ def test_counts_move_with_the_replays_alone(graphs):
         torch.testing.assert_close(training.optimizer.grad_norm, norm)
 
 
+def test_steps_as_they_are_between_replays(graphs):
+    """With gradients of their own, at addresses that stay: neither reads what the other has put in its tables."""
+    ends = []
+    for use_graph in (True, False):
+        training = Training(fastnn, "AdamW", lr=0.01, capturable=True)
+        params = list(training.model.parameters())
+        own = [torch.zeros_like(param) for param in params]
+
+        def step(training=training, params=params, own=own):
+            for param, grad in zip(params, own, strict=True):
+                param.grad = grad.zero_()
+            F.cross_entropy(training.model(training.x), training.y).backward()
+            training.optimizer.step()
+
+        graph = capture(training.step)[0] if use_graph else None
+        for _ in range(0 if use_graph else WARM_UP):
+            training.step()
+        for between in (False, True, False, True, False):
+            training.x.neg_()
+            if between and graph is not None:
+                graph.replay()
+            else:
+                step()
+        ends.append(params)
+    for mine, plain in zip(*ends, strict=True):
+        torch.testing.assert_close(mine, plain)
+
+
 def test_the_scale_of_gradients_and_skipped_steps(graphs):
     """fused=True is what has GradScaler leave unscaling and overflow to the step, which it else reads."""
     training = Training(fastnn, "Adam", lr=0.01, fused=True)
