@@ -84,7 +84,7 @@ def prepare(library: ModuleType, name: str, args: argparse.Namespace) -> tuple[n
     if "lr" in args:
         settings = settings | {"lr": args.lr}
     if args.graph:  # steps counted on the GPU, and a rate that a schedule can still change: a number is part of a graph
-        on_gpu = "fused" if class_name in ("SGD", "Adagrad") else "capturable"  # which these two do not have
+        on_gpu = "fused" if class_name in ("SGD", "Adagrad") else "capturable"  # these two have no such flag
         settings = settings | {"lr": torch.tensor(settings["lr"], device=args.device), on_gpu: True}
     return model, getattr(library.optim, class_name)(model.parameters(), **settings)
 
@@ -95,7 +95,7 @@ def graphed(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     The calls before are the warm-up that a capture needs, on a side stream. They train as the step alone would, and a
     capture computes nothing, so that nothing has to be put back and every batch counts once.
     """
-    warnings.filterwarnings("ignore", ".* running without .* graph capture")  # torch's optimizers of the warm-up
+    warnings.filterwarnings("ignore", ".* running without .* graph capture")  # torch's optimizers, of the warm-up
 
     def results() -> Iterator[torch.Tensor]:
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()

@@ -23,7 +23,7 @@ def recorded() -> Iterator[None]:
     """torch.cuda's graphs are recordings, of CPU tensors and kernels in Triton's interpreter."""
     if DEVICE != "cpu":
         pytest.skip("graphs are recorded in Triton's interpreter only")
-    from support.recorded_graph import recorded_graphs
+    from support.recorded_graph import recorded_graphs  # and with it fastnn, which not every test needs
 
     with recorded_graphs():
         yield

@@ -6,9 +6,10 @@ it is, on CPU tensors and in Triton's interpreter. As of a CUDA graph,
 - a number that the host had during the capture is that number at every replay: a seed, a learning rate, a count;
 - a replay works on the memory of the capture, whatever has become of the tensors;
 - the capture itself changes nothing: what ran to be recorded is undone, and its results are left as NaN;
-- reading device memory on the host raises, where all tensors but those that torch.tensor makes are the device's.
+- reading device memory on the host raises.
 
-A new allocation never takes the place of one of the graph's, and streams are none: what only these show needs a GPU.
+What it cannot show: memory that a graph reads stays as long as the recording, and there are no streams, no pinned
+memory and no pools. A tensor is taken to be the device's, also one that a program made for the host.
 """
 
 from collections.abc import Callable, Iterator
@@ -95,6 +96,11 @@ def record(graph: RecordedGraph, pool: object = None) -> Iterator[None]:
 
 
 class _Recording(TorchDispatchMode):
+    """Runs what it records, ops and launches, and notes how to undo it; of fastnn's own ops it records what is inside.
+
+    Views and allocations are not recorded: a replay finds the memory they were given.
+    """
+
     def __init__(self, graph: RecordedGraph) -> None:
         super().__init__()
         self.graph, self.launching = graph, False
@@ -155,9 +161,8 @@ class _Recording(TorchDispatchMode):
         @wraps(write)
         def noted(*args: Any, **kwargs: Any) -> Any:
             arguments = bind(*args, **kwargs).arguments
-            addresses = touched_bytes(arguments.get("ptrs", arguments.get("ptr")), arguments.get("mask")).astype(
-                np.uint64
-            )
+            touched = touched_bytes(arguments.get("ptrs", arguments.get("ptr")), arguments.get("mask"))
+            addresses = touched.astype(np.uint64)
             everywhere, zeros = np.ones(len(addresses), bool), np.zeros(len(addresses), np.uint8)
             before = interpreter.load(addresses, everywhere, zeros, zeros.dtype)
             self.undoing.append(partial(interpreter.store, addresses, before, everywhere))
@@ -171,6 +176,8 @@ class _Recording(TorchDispatchMode):
 
 
 class _NoHostReads(TorchFunctionMode):
+    """Raises where a CPU tensor is read without an op."""
+
     def __init__(self, recording: _Recording) -> None:
         self.recording = recording
 
