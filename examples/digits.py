@@ -3,6 +3,7 @@
 Both runs start from the same weights and see the same batches; only the library that Sequential and optimizer are from
 differs. The weights of the epoch with the best validation accuracy are restored before the one look at the test part.
 The curves go to digits.png. `--optimizer all` trains with every optimizer in turn: two rows and two panels for each.
+`--graph` replays the whole step as one CUDA graph, where layers as small as these wait for the host.
 
     $ python examples/digits.py
     implementation   test accuracy %   test loss   median step ms   GPU kernels/step
@@ -14,6 +15,8 @@ The curves go to digits.png. `--optimizer all` trains with every optimizer in tu
 
 import argparse
 import time
+import warnings
+from collections.abc import Callable, Iterator
 from statistics import mean, median
 from types import ModuleType
 
@@ -42,6 +45,7 @@ OPTIMIZERS: dict[str, tuple[str, dict]] = {  # the class, of the same name in bo
     "adagrad": ("Adagrad", {"lr": 0.01}),
     "adadelta": ("Adadelta", {"lr": 1.0}),
 }
+WARM_UP = 3  # steps before a capture: kernels are loaded in them, and the optimizer's state is made
 Part = tuple[torch.Tensor, torch.Tensor]
 Run = tuple[list[float], list[float], list[str]]  # every epoch's training loss and validation accuracy; the table's row
 
@@ -77,8 +81,37 @@ def prepare(library: ModuleType, name: str, args: argparse.Namespace) -> tuple[n
     torch.manual_seed(args.seed)  # the initial weights, for every run the same
     model = build(library.nn.Sequential, args.hidden, args.dropout).to(args.device)
     class_name, settings = OPTIMIZERS[name]
-    lr = {"lr": args.lr} if "lr" in args else {}
-    return model, getattr(library.optim, class_name)(model.parameters(), **settings | lr)
+    if "lr" in args:
+        settings = settings | {"lr": args.lr}
+    if args.graph:  # steps counted on the GPU, and a rate that a schedule can still change: a number is part of a graph
+        on_gpu = "fused" if class_name in ("SGD", "Adagrad") else "capturable"  # these two have no such flag
+        settings = settings | {"lr": torch.tensor(settings["lr"], device=args.device), on_gpu: True}
+    return model, getattr(library.optim, class_name)(model.parameters(), **settings)
+
+
+def graphed(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """The step as one CUDA graph, captured at the fourth call; its result is overwritten by the next replay's.
+
+    The calls before are the warm-up that a capture needs, on a side stream. They train as the step alone would, and a
+    capture computes nothing, so that nothing has to be put back and every batch counts once.
+    """
+    warnings.filterwarnings("ignore", ".* running without .* graph capture")  # torch's optimizers, of the warm-up
+
+    def results() -> Iterator[torch.Tensor]:
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        for _ in range(WARM_UP):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                result = step()
+            torch.cuda.current_stream().wait_stream(side)
+            yield result
+        with torch.cuda.graph(graph):
+            result = step()
+        while True:
+            graph.replay()
+            yield result
+
+    return results().__next__
 
 
 def train(model: nn.Module, optimizer: Optimizer, parts: list[Part], args: argparse.Namespace, label: str) -> Run:
@@ -86,19 +119,27 @@ def train(model: nn.Module, optimizer: Optimizer, parts: list[Part], args: argpa
     torch.manual_seed(args.seed)  # the dropout masks
     shuffle = torch.Generator().manual_seed(args.seed)  # the order of the batches
 
-    def step(batch: torch.Tensor) -> tuple[float, float]:
-        start = time.perf_counter()
+    rows = torch.zeros(args.batch_size, dtype=torch.int64, device=x.device)  # of the batch, where a graph reads them
+
+    def step() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
+        loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
         loss.backward()
         optimizer.step()
-        return loss.item(), 1000 * (time.perf_counter() - start)  # item() waits for the whole step on a GPU
+        return loss.detach()
+
+    run = graphed(step) if args.graph else step
+
+    def timed_step(batch: torch.Tensor) -> tuple[float, float]:
+        start = time.perf_counter()
+        rows.copy_(batch)
+        return run().item(), 1000 * (time.perf_counter() - start)  # item() waits for the whole step on a GPU
 
     losses, accuracies, times, best = [], [], [], (-1.0, 0.0)
     for _ in track(range(args.epochs), label):
         model.train()
         batches = torch.randperm(TRAIN, generator=shuffle).to(x.device).split(args.batch_size)
-        steps = [step(batch) for batch in batches if len(batch) == args.batch_size]  # the last may be incomplete
+        steps = [timed_step(batch) for batch in batches if len(batch) == args.batch_size]  # the last may be incomplete
         losses.append(mean(loss for loss, _ in steps))
         times += [milliseconds for _, milliseconds in steps]
         accuracy, loss = evaluate(model, *validation)
@@ -111,7 +152,7 @@ def train(model: nn.Module, optimizer: Optimizer, parts: list[Part], args: argpa
     kernels = "-"
     if x.is_cuda:  # what the GPU runs in a forward, backward and update, without copies and fills
         with torch.profiler.profile() as profile:
-            step(batches[0])
+            timed_step(batches[0])
         events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         kernels = str(sum(not e.is_user_annotation and not e.name.startswith(("Memcpy", "Memset")) for e in events))
     return losses, accuracies, [f"{accuracy:.2f}", f"{loss:.4f}", f"{median(times):.3f}", kernels]
@@ -153,6 +194,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr", type=float, default=argparse.SUPPRESS, help="learning rate (default: the optimizer's own)")
     add("--seed", type=int, default=0, help="of the split, the weights, the batches and the dropout")
     add("--device", choices=devices, default=devices[0], help="where both train")
+    add("--graph", action="store_true", help="replay each step as one CUDA graph")
     add("--figure", default="digits.png", metavar="PATH", help="where the curves go: .png, .pdf or .svg")
     args = parser.parse_args()
     for argument, right, meaning in (
@@ -166,6 +208,8 @@ def parse_arguments() -> argparse.Namespace:
     ):
         if not right:
             parser.error(f"argument {argument}: must be {meaning}")
+    if args.graph and args.device == "cpu":
+        parser.error("argument --graph: needs a CUDA GPU")
     try:
         open(args.figure, "ab").close()
     except OSError as error:
@@ -178,6 +222,8 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(1)  # layers this small gain nothing from more, and on a busy CPU lose by it
     parts = load(args.seed, args.device)
+    if args.graph:
+        torch.cuda.set_device(parts[0][0].device)  # where streams and graphs are made
     runs = {}
     for name in args.optimizer:
         for implementation, library in LIBRARIES.items():
@@ -193,7 +239,8 @@ def main() -> None:
     print(table)
     draw(runs, args)
     path = dispatch.device_path(torch.device(args.device))
-    print(f"Ran on {args.device}; fastnn's path there: {path.name}" + f" ({path.reason})" * path.eager)
+    steps = ", each step one CUDA graph" * args.graph
+    print(f"Ran on {args.device}{steps}; fastnn's path there: {path.name}" + f" ({path.reason})" * path.eager)
 
 
 if __name__ == "__main__":

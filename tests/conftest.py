@@ -1,6 +1,7 @@
 """The kernels run in Triton's interpreter unless a GPU is asked for (FASTNN_TEST_DEVICE=cuda), on NaN-filled memory."""
 
 import os
+from collections.abc import Iterator
 
 DEVICE = os.environ.get("FASTNN_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
@@ -17,6 +18,26 @@ torch.set_num_threads(1)  # tests run in as many processes as there are cores
 @pytest.fixture
 def device() -> torch.device:
     return torch.device(DEVICE)
+
+
+@pytest.fixture
+def recorded() -> Iterator[None]:
+    """torch.cuda's graphs are recordings, of CPU tensors and kernels in Triton's interpreter."""
+    if DEVICE != "cpu":
+        pytest.skip("graphs are recorded in Triton's interpreter only")
+    from support.recorded_graph import recorded_graphs  # and with it fastnn, which not every test needs
+
+    with recorded_graphs():
+        yield
+
+
+@pytest.fixture(params=["recorded", "cuda"])
+def graphs(request: pytest.FixtureRequest) -> None:
+    """torch.cuda's graphs as they are, and as recordings."""
+    if request.param == "recorded":
+        request.getfixturevalue("recorded")
+    elif DEVICE == "cpu":
+        pytest.skip("real CUDA graphs need a GPU and FASTNN_TEST_DEVICE=cuda")
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,18 @@
 """The examples as a user runs them: in a process of their own, on the path of the device at hand."""
 
+import argparse
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib.image
 import pytest
+import torch
+
+import fastnn
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "examples" / "digits.py"
@@ -59,12 +64,28 @@ def test_digits_trains_alike_with_each_optimizer_of_both(tmp_path, interpret, dr
     assert losses[::2] == pytest.approx(losses[1::2], rel=0, abs=tolerance)
 
 
+@pytest.mark.parametrize(("library", "name"), [(torch, "sgd"), (torch, "adagrad"), (fastnn, "nadam")])
+def test_digits_in_a_graph_trains_as_it_does_step_by_step(library, name, recorded):
+    """Two steps of five are replays. torch's capturable optimizers want a GPU, its fused ones do not."""
+    digits = runpy.run_path(str(DIGITS))
+    runs = []
+    for graph in (False, True):
+        args = argparse.Namespace(
+            seed=0, hidden=[8], dropout=0.0, device="cpu", batch_size=251, epochs=2, graph=graph, lr=0.02
+        )
+        parts = digits["load"](args.seed, args.device)
+        losses, _, row = digits["train"](*digits["prepare"](library, name, args), parts, args, "")
+        runs.append([*losses, *map(float, row[:2])])
+    assert runs[1] == pytest.approx(runs[0], rel=1e-4)
+    assert runs[0][1] < runs[0][0]
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
         ("--epochs", "0"), ("--dropout", "1.5"), ("--batch-size", "1"), ("--hidden", "0"), ("--lr", "nan"),
         ("--device", "toaster"), ("--device", "cuda:99"), ("--figure", "curves.txt"), ("--figure", "/no/such/a.png"),
-        ("--optimizer", "adamax"),
+        ("--optimizer", "adamax"), ("--graph", "--device=cpu"),
     ],
 )  # fmt: skip
 def test_digits_refuses_a_wrong_argument_in_one_line(argument, value):

@@ -159,6 +159,7 @@ class MultiTensorOptimizer(Algorithm):
                 )
             plan = Plan(self)
             self._captured.append(plan)  # its tables are what the graph will read
+            self._plan = None  # the next warm-up sets pinned memory aside anew: this capture has taken what there was
         plan.gather()
         return plan
 

@@ -138,7 +138,7 @@ class _Recorder:
         @wraps(access)
         def record(*args: Any, **kwargs: Any) -> Any:
             arguments = bind(*args, **kwargs).arguments
-            touched = _touched(arguments.get("ptrs", arguments.get("ptr")), arguments.get("mask"))
+            touched = touched_bytes(arguments.get("ptrs", arguments.get("ptr")), arguments.get("mask"))
             self.reads += [touched] * (name in READS)
             self.writes += [touched] * (name in WRITES)
             return access(*args, **kwargs)
@@ -160,7 +160,7 @@ class _Recorder:
         )
 
 
-def _touched(pointers: Any, mask: Any) -> np.ndarray:
+def touched_bytes(pointers: Any, mask: Any) -> np.ndarray:
     """Addresses of all bytes that the lanes under the mask touch, repetitions included."""
     # Triton 3.6 masks block pointers and descriptors with bare arrays: their .data is a buffer, not an array.
     active = True if mask is None else np.asarray(mask.data, dtype=bool)
