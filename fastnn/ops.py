@@ -125,11 +125,11 @@ class Block(torch.autograd.Function):
 def _differentiable_backward(call: "Call", needs: Any, tensors: Any, grad: Tensor) -> list[Tensor | None]:
     """The same gradients as a differentiable graph (create_graph=True), through the plain torch ops."""
     *originals, saved, seed = tensors
-    norm, _, eps, *epilogue = call.settings
+    norm, _, eps, activation, a, b, p = call.settings
     # Aliases: differentiating by the tensors themselves would walk through one's history into another (a layer used
     # twice), and fire their hooks.
     parameters: list[Any] = [None if t is None else t.view_as(t) for t in originals]
-    input, weight, bias, gamma, beta = parameters
+    gamma, beta = parameters[3:]
     batch_norm = None
     if norm == "batch":
         batch_norm = reference.BatchNorm(weight=gamma, bias=beta, eps=eps)
@@ -138,8 +138,9 @@ def _differentiable_backward(call: "Call", needs: Any, tensors: Any, grad: Tenso
         running_var = stats[1].reciprocal().square() - eps
         stored = next((t.dtype for t in (gamma, beta) if t is not None), torch.float32)  # torch's wants them alike
         batch_norm = reference.BatchNorm(stats[0].to(stored), running_var.to(stored), gamma, beta, None, False, 0, eps)
-    input, weight, bias = (None if t is None else t.to(call.dtype) for t in (input, weight, bias))
-    out = reference.block(input, weight, bias, batch_norm, *epilogue, seed)
+    input, weight, bias = (None if t is None else t.to(call.dtype) for t in parameters[:3])
+    assert input is not None
+    out = reference.block(input, weight, bias, batch_norm, activation, a, b, p, seed)
     wanted = [i for i in range(5) if needs[i]]
     found = torch.autograd.grad(out, [parameters[i] for i in wanted], grad, create_graph=True)
     grads: list[Tensor | None] = [None] * 5
@@ -179,8 +180,8 @@ def settle(tensors: Tensors, dtype: torch.dtype, settings: Any) -> Call:
     if weight is not None and any(t is not None and t.dtype != dtype for t in tensors[:3]):
         # The launch of all gradients makes the weight's: without it, the library's product is the better one.
         rounds = weight.requires_grad or not save
-        sizes = input.shape[0], *weight.shape
-        casts = not (rounds and plans.rounds_operands(*sizes, dtype, input.device, settings.norm, save))
+        M, (N, K), norm = input.shape[0], weight.shape, settings.norm
+        casts = not (rounds and plans.rounds_operands(M, N, K, dtype, input.device, norm, save))
     if is_observed():
         return Call(dtype, settings, casts, save, None)
     problem = Problem.of(tensors, dtype, settings, None)
@@ -194,17 +195,19 @@ def run(call: Call, tensors: tuple[Any, ...], seed: Tensor | None) -> Tensor:
     if call.casts:
         tensors = (*(None if t is None else t.to(call.dtype) for t in tensors[:3]), *tensors[3:])
     input, weight, bias, gamma, beta, *buffers = tensors
-    if call.recipe is None:
+    recipe = call.recipe
+    if recipe is None:
         if call.save:
             return Block.apply(input, weight, bias, gamma, beta, (*buffers, seed), call)
         return torch.ops.fastnn.block_forward(*tensors, seed, call.dtype, *call.settings, False)[0]
-    if seed is not None and seed.is_cpu == call.recipe.problem.seed_on_device:
-        problem = call.recipe.problem._replace(seed_on_device=not seed.is_cpu)
-        call = call._replace(recipe=recipes.forward(problem, call.save))
+    if seed is not None and seed.is_cpu == recipe.problem.seed_on_device:
+        recipe = recipes.forward(recipe.problem._replace(seed_on_device=not seed.is_cpu), call.save)
+        call = call._replace(recipe=recipe)
     if call.save:
         out = _apply(input, weight, bias, gamma, beta, (*buffers, seed), call)
     else:
-        out = call.recipe(*tensors, seed)[0]
+        mean, var, batches = buffers
+        out = recipe(input, weight, bias, gamma, beta, mean, var, batches, seed)[0]
     if call.settings.norm == "batch":
         count_changes(tensors)
     return out

@@ -25,7 +25,8 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 
 PARAM, GRAD, STATES, STEP, PRODUCT, SIZE, GROUP = (tl.constexpr(row) for row in (0, 1, 2, 5, 6, 7, 8))
 ROWS = 9
-_set_aside: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = {}  # pinned, for a capture that may come
+_set_aside: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}  # pinned, for a capture that may come
+MOST_SET_ASIDE = 16  # of a shape: uploads alike that one captured step makes, of clipping and step, groups and dtypes
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -33,6 +34,18 @@ def blocks_per_chunk(sizes: Sequence[int], multiprocessors: int) -> int:
     """As many as still leave every multiprocessor a few programs: 1 for a million elements."""
     programs = multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
     return max(1, min(LARGEST_CHUNK, sum(sizes) // (BLOCK * programs)))
+
+
+def is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def copies_from_pinned(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def pinned_like(values: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(values, pin_memory=True)
 
 
 class Tables:
@@ -55,7 +68,7 @@ class Tables:
         chunks = [(i, n) for i, size in enumerate(sizes) for n in range(triton.cdiv(size, self.blocks * BLOCK))]
         self.programs = len(chunks)
         rows = {**addresses, SIZE.value: sizes, GROUP.value: group_of}
-        self._captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self._captured = is_capturing(device)
         # A captured copy reads its host memory again at each replay, so the last of each kind is kept.
         self._staged: dict[str, torch.Tensor] = {}
         every_row = [rows.get(row, [0] * self.tensors) for row in range(ROWS)]
@@ -66,18 +79,20 @@ class Tables:
 
     def _stage(self, name: str, values: Sequence, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         staged = torch.tensor(values, dtype=dtype, device="cpu")
-        self._staged[name] = staged if self.device.type != "cuda" else self._pinned(staged)
-        return self._staged[name]
+        if copies_from_pinned(self.device):
+            staged = self._pinned(staged, first=name not in self._staged)
+        self._staged[name] = staged
+        return staged
 
-    def _pinned(self, values: torch.Tensor) -> torch.Tensor:
+    def _pinned(self, values: torch.Tensor, first: bool) -> torch.Tensor:
         """In pinned memory. A capture may not ask the driver for any, nor copy from other memory since torch 2.11: it
-        takes what a step before it, the usual warm-up, has set aside."""
-        like = (values.shape, values.dtype)
+        takes what a step before it, the usual warm-up, has set aside, as much as that took itself."""
+        aside = _set_aside.setdefault((values.shape, values.dtype), [])
         if self._captured:
-            return _set_aside.pop(like).copy_(values) if like in _set_aside else values
-        if like not in _set_aside:
-            _set_aside[like] = torch.empty_like(values, pin_memory=True)
-        return values.pin_memory()
+            return aside.pop().copy_(values) if aside else values
+        if first and len(aside) < MOST_SET_ASIDE:
+            aside.append(pinned_like(values))
+        return pinned_like(values).copy_(values)
 
     def set_gradients(self, addresses: Sequence[int]) -> None:
         """New addresses of the gradients; 0 where there is none."""

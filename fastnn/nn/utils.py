@@ -93,6 +93,7 @@ def _tables(grads: list[Tensor], device: torch.device) -> "Tables":
     key = tuple(grad.data_ptr() for grad in grads), tuple(grad.numel() for grad in grads), device, stream
     if not is_capturing():
         return _make_tables(*key)
+    _make_tables.cache_clear()  # the next capture's warm-up is to set pinned memory aside again
     _captured.append(_make_tables.__wrapped__(*key))
     return _captured[-1]
 

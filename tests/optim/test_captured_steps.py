@@ -1,7 +1,5 @@
 """An optimizer's step in a CUDA graph: which numbers are live, what is counted, and what a capture needs."""
 
-from collections import Counter
-
 import pytest
 import torch
 from support.captures import BATCH, WARM_UP, Training, all_differ, capture
@@ -10,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastnn
+from fastnn.kernels import tables
 from fastnn.kernels.tables import Tables
 
 
@@ -141,19 +140,54 @@ def test_counts_on_the_host_refuse_a_capture(name, recorded):
         capture(training.step)
 
 
-def test_what_a_capture_uploads_has_been_set_aside_before(recorded, monkeypatch):
-    """A capture may not ask for pinned memory: of each table one of that shape is left from a step before it."""
-    left = Counter()
-    stage = Tables._stage
+@pytest.fixture
+def pinned(monkeypatch):
+    """What is staged as for a GPU is in this list, which no capture adds to."""
+    made = []
 
-    def counted(self, name, values, dtype=torch.int64):
+    def pinned_like(values):
+        assert not fastnn.memory.is_capturing()
+        made.append(torch.empty_like(values))
+        return made[-1]
+
+    monkeypatch.setattr(tables, "is_capturing", lambda device: fastnn.memory.is_capturing())
+    monkeypatch.setattr(tables, "copies_from_pinned", lambda device: True)
+    monkeypatch.setattr(tables, "pinned_like", pinned_like)
+    monkeypatch.setattr(tables, "_set_aside", {})
+    return made
+
+
+def adamw_step():
+    return Training(fastnn, "AdamW", lr=0.01, capturable=True).step
+
+
+def clipped_step(dtypes=(torch.float32,) * 2):
+    """Parameters of as many elements, in groups of their own."""
+    params = [nn.Parameter(torch.ones(18, dtype=dtype)) for dtype in dtypes]
+    optimizer = ours("SGD")([{"params": [param]} for param in params], lr=0.1)
+
+    def step():
+        for param in params:
+            param.grad = torch.ones_like(param)
+        fastnn.nn.utils.clip_grad_norm_(params, 0.5)
+        optimizer.step()
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "make",
+    [adamw_step, clipped_step, lambda: clipped_step((torch.float32, torch.bfloat16))],
+    ids=["AdamW", "clipping", "two dtypes"],
+)
+def test_what_a_capture_uploads_has_been_pinned_before(make, recorded, pinned, monkeypatch):
+    stage, step = Tables._stage, make()
+
+    def watched(self, name, values, dtype=torch.int64):
         staged = stage(self, name, values, dtype)
-        capturing = fastnn.memory.is_capturing()
-        left[name, staged.shape] = left[name, staged.shape] - 1 if capturing else 1
-        assert left[name, staged.shape] >= 0, name
+        assert any(staged is memory for memory in pinned), name
         return staged
 
-    monkeypatch.setattr(Tables, "_stage", counted)
-    training = Training(fastnn, "AdamW", lr=0.01, capturable=True)
+    monkeypatch.setattr(Tables, "_stage", watched)
     for _ in range(2):  # as for another batch size
-        capture(training.step)
+        capture(step)

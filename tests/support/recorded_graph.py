@@ -29,8 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from triton._C.libtriton import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from fastnn import memory
-from fastnn.kernels import launch
+from fastnn import memory, recipes
 from fastnn.nn import utils
 from fastnn.optim import engine
 from support.interpreter import WRITES, touched_bytes
@@ -86,7 +85,7 @@ def record(graph: RecordedGraph, pool: object = None) -> Iterator[None]:
         for module in (memory, engine, utils):
             stack.enter_context(patch.object(module, "is_capturing", lambda: True))
         # A seed drawn on the device goes to the kernels by its address.
-        by_address = patch.object(launch.Epilogue, "seed_arguments", lambda self: (self.seed, 0))
+        by_address = patch.object(recipes, "seed_arguments", lambda seed: (seed, 0))
         for context in (by_address, launches, patch.multiple(InterpreterBuilder, **writes)):
             stack.enter_context(context)
         stack.callback(recording.undo)
