@@ -28,6 +28,7 @@ class _Recipe:
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.settings, self.values = problem, problem.settings, problem.values
+        self.linear, self.has_stats = problem.K > 0, problem.settings.norm != "none"
         self.launches: list[Any] = []
         self.compiled = False  # all of them, so that they may be launched by address
         self.partials: int | None = None  # fp32, what one launch leaves to the next
@@ -49,10 +50,6 @@ class _Recipe:
         rule = tiles.columns_tiles if plan == "columns" else tiles.split_tiles
         return plan, rule(p.M, p.N, itemsize, p.multiprocessors)
 
-    def _is_elsewhere(self) -> bool:
-        """Whether another device is current: Triton launches on that one, whatever its arguments'."""
-        return self.index is not None and torch.cuda.current_device() != self.index
-
     def _scratch(self) -> Tensor | None:
         if self.partials is None:
             return None
@@ -71,10 +68,10 @@ class _Recipe:
             addresses: list[Any] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
             if functools.reduce(operator.or_, addresses) % tiles.ACCESS_BYTES == 0:
                 stats = saved.data_ptr()
-                z = stats + self.z_address if self.keeps_z else addresses[operands]
+                z = stats + self.z_address if self.keeps_z else 0 if self.linear else addresses[operands]
                 if self.descriptors is not None:
                     addresses[operands : operands + 2] = launch.descriptors(x, weight, self.descriptors)
-                launch.by_address(self.launches, (*addresses, z, stats, seed))
+                launch.by_address(self.launches, (*addresses, z, stats if self.has_stats else 0, seed))
                 return
         self._launch_by_triton(list(tensors), saved, operands, seed)
         self.compiled = all(step.is_compiled for step in self.launches)
@@ -84,8 +81,8 @@ class _Recipe:
             if tensors[place] is not None:
                 tensors[place] = tensors[place].contiguous()
         aligned = not functools.reduce(operator.or_, [t.data_ptr() for t in tensors if t is not None]) % 16
-        z = self._z_of(saved) if self.keeps_z else None if self.problem.K else tensors[operands]
-        stats = None if self.settings.norm == "none" else stats_of(saved, self.problem.N)
+        z = self._z_of(saved) if self.keeps_z else None if self.linear else tensors[operands]
+        stats = stats_of(saved, self.problem.N) if self.has_stats else None
         if self.descriptors is not None:
             x, weight = (t if t.data_ptr() % 16 == 0 else t.clone() for t in tensors[operands : operands + 2])
             tensors[operands : operands + 2] = launch.descriptors(x, weight, self.descriptors)
@@ -98,7 +95,7 @@ class Forward(_Recipe):
 
     def __init__(self, problem: Problem, save: bool) -> None:
         super().__init__(problem)
-        alone, linear = self.settings.is_linear_alone, problem.K > 0
+        alone, linear = self.settings.is_linear_alone, self.linear
         self.backwards: dict[tuple[bool, bool, bool], Backward] = {}
         self.library = linear and not self._takes_our_product(save and not alone)
         self.is_library_alone = self.library and alone
@@ -148,8 +145,8 @@ class Forward(_Recipe):
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
         running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if self._is_elsewhere():
-            with torch.cuda.device(self.index):
+        if self.index is not None and torch.cuda.current_device() != self.index:
+            with torch.cuda.device(self.index):  # Triton launches on the current one, whatever its arguments'
                 return self(input, weight, bias, gamma, beta, running_mean, running_var, batches, seed)
         out, saved = self.empty(self.shape, self.strides, self.dtype), self.empty((self.elements,), (1,), self.dtype)
         if self.library:
@@ -174,7 +171,6 @@ class Backward(_Recipe):
     def __init__(self, problem: Problem, needs_linear: tuple[bool, bool, bool]) -> None:
         super().__init__(problem)
         self.needs_input, self.needs_weight, self.needs_bias = needs_linear
-        self.linear = problem.K > 0
         self.alone = self.linear and self.settings.is_linear_alone
         form = _form(problem, needs_linear)
         if not self.alone:
@@ -201,7 +197,7 @@ class Backward(_Recipe):
         self, grad: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, gamma: Tensor | None,
         beta: Tensor | None, saved: Tensor, seed: Tensor | None,
     ) -> Gradients:  # fmt: skip
-        if self._is_elsewhere():
+        if self.index is not None and torch.cuda.current_device() != self.index:
             with torch.cuda.device(self.index):
                 return self(grad, input, weight, bias, gamma, beta, saved, seed)
         grad = grad.contiguous()

@@ -92,8 +92,7 @@ def by_address(launches: list[Launch], arguments: tuple) -> None:
     """All of them, compiled, on the current device and stream."""
     device = driver.active
     stream = device.get_current_stream(device.get_current_device())
-    hooks = triton.knobs.runtime
-    if _is_set(hooks.launch_enter_hook) or _is_set(hooks.launch_exit_hook):
+    if _are_observed():
         for launch in launches:
             launch.observed(arguments, stream)
     else:
@@ -101,8 +100,13 @@ def by_address(launches: list[Launch], arguments: tuple) -> None:
             launch.by_address(arguments, stream)
 
 
-def _is_set(hook: Any) -> bool:
-    return hook is not None and bool(getattr(hook, "calls", True))
+def _are_observed() -> bool:
+    """Whether a profiler has set hooks on Triton's launches."""
+    runtime = triton.knobs.runtime
+    try:
+        return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    except AttributeError:  # a function in place of the chain of them, or None
+        return runtime.launch_enter_hook is not None or runtime.launch_exit_hook is not None
 
 
 class Settings(NamedTuple):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastnn
 from support.ahead_of_time import stand_in_driver
@@ -27,7 +27,7 @@ TURNS = 7
 Times = dict[str, list[float]]
 
 
-def microseconds(step: Callable[[], Any], repeats: int = 300) -> float:
+def microseconds(step: Callable[[], Any], repeats: int) -> float:
     """Of one step among many, after as many that make caches its own: else each turn pays for the other's, 30 %."""
     for _ in range(repeats):
         step()
@@ -37,9 +37,9 @@ def microseconds(step: Callable[[], Any], repeats: int = 300) -> float:
     return (time.perf_counter() - start) / repeats * 1e6
 
 
-def in_turns(steps: dict[str, Callable[[], Any]]) -> Times:
+def in_turns(steps: dict[str, Callable[[], Any]], repeats: int = 300) -> Times:
     """Several turns of each, one after the other, so that another process on the machine does not decide."""
-    turns = [{name: microseconds(step) for name, step in steps.items()} for _ in range(TURNS)]
+    turns = [{name: microseconds(step, repeats) for name, step in steps.items()} for _ in range(TURNS)]
     return {name: [turn[name] for turn in turns] for name in steps}
 
 
@@ -53,15 +53,41 @@ def adam_steps(count: int) -> dict[str, Callable[[], Any]]:
     return {name: optimizer.step for name, optimizer in optimizers.items()}
 
 
-def block_steps() -> dict[str, Callable[[], Any]]:
-    """Forward and backward of Linear + BatchNorm1d + ReLU + Dropout on 8 x 8 elements.
+class Nothing(torch.autograd.Function):
+    """Saves what a block saves and makes gradients of the same shapes, without a launch: the least of a node."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return torch.empty_like(tensors[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors)
+
+
+class Nodes(nn.Sequential):
+    """Such a node in place of each block."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        layers: Any = list(self)
+        for linear, norm in zip(layers[::4], layers[1::4], strict=True):
+            input = Nothing.apply(input, linear.weight, norm.weight, norm.bias)
+        return input
+
+
+def block_steps(blocks: int, backward: bool) -> dict[str, Callable[[], Any]]:
+    """Forward, and backward if asked for, of Linear + BatchNorm1d + ReLU + Dropout on 8 x 8 elements, so many of them.
 
     Ours draws its seed by an op, as on a CPU; a GPU's generator is asked on the host, for about the same time.
     """
     x, g = torch.randn(8, 8, requires_grad=True), torch.randn(8, 8)
 
     def step_of(kind: type[nn.Sequential]) -> Callable[[], Any]:
-        model = kind(nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5))
+        layers: list[nn.Module] = []
+        for _ in range(blocks):
+            layers += [nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5)]
+        model = kind(*layers)
         leaves = [x, *model.parameters()]
 
         def step() -> None:
@@ -69,9 +95,22 @@ def block_steps() -> dict[str, Callable[[], Any]]:
                 leaf.grad = None
             model(x).backward(g)
 
-        return step
+        return step if backward else lambda: model(x)
 
-    return {"eager": step_of(nn.Sequential), "fastnn": step_of(fastnn.nn.Sequential)}
+    return {"eager": step_of(nn.Sequential), "a node alone": step_of(Nodes), "fastnn": step_of(fastnn.nn.Sequential)}
+
+
+def block_rows(launches: list[Any]) -> list[Row]:
+    """Of one block, and of each of eight, among which a backward's start is shared."""
+    found: list[Row] = []
+    for blocks in (1, 8):
+        for backward in (False, True):
+            times = in_turns(block_steps(blocks, backward), repeats=400 // blocks)
+            launches.clear()
+            case = ("one" if blocks == 1 else f"each of {blocks}") + (" with its backward" if backward else " forward")
+            each = {name: [turn / blocks for turn in turns] for name, turns in times.items()}
+            found += host_rows("host time of a block", case, each)
+    return found
 
 
 def host_rows(figure: str, case: str, times: Times) -> list[Row]:
@@ -89,12 +128,11 @@ def host_rows(figure: str, case: str, times: Times) -> list[Row]:
 def rows() -> list[Row]:
     torch.set_num_threads(1)
     found: list[Row] = []
-    with stand_in_driver(90), paths_of_a_gpu():
+    with stand_in_driver(90) as launches, paths_of_a_gpu():
         for count in TENSORS:
             times = in_turns(adam_steps(count))
             found += host_rows("host time of an optimizer step", f"Adam, {count} tensors", times)
-        block = "Linear + BatchNorm1d + ReLU + Dropout"
-        found += host_rows("host time of a block, forward and backward", block, in_turns(block_steps()))
+        found += block_rows(launches)
     return found
 
 
