@@ -62,7 +62,7 @@ def linear_batch_norm_act_dropout(
     if not ops.is_observed():
         # What decides beside the form of the tensors, to which modes and transforms around the call belong.
         key = (
-            input.shape, None if weight is None else weight.shape, bias is None, norm.weight is None,
+            len(there), input.shape, None if weight is None else weight.shape, bias is None, norm.weight is None,
             norm.bias is None, norm.running_mean is None, norm.num_batches_tracked is None, batch_norm is None,
             norm.training, norm.momentum, norm.eps, activation, *activation_args, p, plans.state(input.device),
             torch.is_grad_enabled(), forward_ad._current_level,

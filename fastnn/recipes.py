@@ -116,19 +116,19 @@ class Forward(_Recipe):
         plan = plans.forward_plan(M, N, K, dtype, p.device, norm, save)
         if plan not in ("whole_batch", "epilogue") or (self.settings.is_linear_alone and p.computes_as_stored):
             return False
-        precision, split, form = plans.product_precision(dtype), plans.splits(dtype), _form(p, save)
+        precision, split = plans.product_precision(dtype), plans.splits(dtype)
         shape: Any
         if plan == "whole_batch":
             assert p.dtypes[0] is not None
             shape = tiles.whole_batch_tiles(M, K, max(p.dtypes[0].itemsize, dtype.itemsize), split)
-            self.launches = launch.forward_whole_batch(form, self.values, shape, precision)
+            self.launches = launch.forward_whole_batch(self.values, shape, precision)
         elif norm == "batch":
             strips = tiles.linear_statistics_tiles(M, N, p.widest, split, p.copies_tiles, p.multiprocessors)
-            self.launches = launch.forward_linear_statistics(form, self.values, strips, precision)
+            self.launches = launch.forward_linear_statistics(self.values, strips, precision)
             self.partials, shape = strips.apply.chunks * 3 * N, strips.product
         else:
             shape = tiles.linear_tiles(M, N, K, p.widest, norm == "running", p.copies_tiles, p.multiprocessors)
-            self.launches = launch.forward_linear(form, self.values, shape, precision)
+            self.launches = launch.forward_linear(self.values, shape, precision)
         self.descriptors = shape if shape.descriptors else None
         return True
 
@@ -139,7 +139,7 @@ class Forward(_Recipe):
             plan = "apply"
         elif plan == "split":
             self.partials = shape.chunks * 3 * self.problem.N
-        self.launches = getattr(launch, "forward_" + plan)(_form(self.problem), self.values, shape)
+        self.launches = getattr(launch, "forward_" + plan)(self.values, shape)
 
     def __call__(
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
@@ -172,10 +172,9 @@ class Backward(_Recipe):
         super().__init__(problem)
         self.needs_input, self.needs_weight, self.needs_bias = needs_linear
         self.alone = self.linear and self.settings.is_linear_alone
-        form = _form(problem, needs_linear)
         if not self.alone:
             plan, shape = self._statistics_plan()
-            self.launches = getattr(launch, "backward_" + plan)(form, self.values, shape)
+            self.launches = getattr(launch, "backward_" + plan)(self.values, shape)
             self.partials = shape.chunks * 2 * problem.N if plan == "split" else None
         M, N, K = problem.M, problem.N, problem.K
         self.columns, self.input_shape, self.weight_shape, self.input_strides = (N,), (M, K), (N, K), (K, 1)
@@ -184,7 +183,7 @@ class Backward(_Recipe):
         self.makes_dbias = self.needs_bias and problem.dtypes[2] is not None and (self.grouped or not self.alone)
         if self.grouped:
             shape, precision = tiles.linear_backward_tiles(problem.widest), plans.product_precision(problem.dtype)
-            self.launches += launch.backward_linear(form, self.values, shape, precision, self.needs_input)
+            self.launches += launch.backward_linear(self.values, shape, precision, self.needs_input)
         self._keep_z(self.linear and not self.alone)
 
     def _groups_products(self) -> bool:
@@ -226,11 +225,6 @@ class Backward(_Recipe):
             if self.needs_bias and self.alone:
                 dbias = dz.sum(0)
         return dx, dweight, dbias, dgamma, dbeta
-
-
-def _form(problem: Problem, *flags: Any) -> tuple:
-    """What kernels are compiled for beside their own flags: which tensors there are, of which dtypes, and where."""
-    return problem.device, problem.dtype, problem.dtypes, problem.seed_on_device, flags
 
 
 @functools.lru_cache(_KEPT)

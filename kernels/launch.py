@@ -5,6 +5,7 @@ empty, and of dtypes dispatch.py lets through; the current device is theirs. Not
 host.
 """
 
+from itertools import compress
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -30,57 +31,66 @@ BACKWARD = (
 )  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
-_compiled: dict[Any, Any] = {}  # by all that a kernel is compiled for: launches of other row counts find it here
+_compiled: dict[Any, Any] = {}  # by all that a kernel is compiled for: a launch for other row counts finds it here
 
 
 class Launch:
     """One kernel with its grid and all arguments but those of a call, which come first in its signature.
 
-    Triton's dispatch takes the host 6 to 8 µs. It is asked once, with tensors whose addresses are 16-byte aligned; from
-    then on the kernel it compiled is launched by addresses alone, in 1 µs. `form` is what Triton compiles by of the
-    arguments of a call: their dtypes, which of them are None, and the device.
+    Triton's dispatch takes the host 6 to 8 µs. It is asked once for arguments of a form; from then on the kernel it
+    compiled is launched by addresses alone, in 1 µs, where 16 divides all of them.
     """
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], call: tuple[str, ...], form: Any, values: dict[str, Any]):
+    def __init__(self, kernel: Any, grid: tuple[int, ...], call: tuple[str, ...], values: dict[str, Any]):
         given = [name for name in kernel.arg_names if name not in values]
-        settled = kernel.arg_names[len(given) :]
         places = [call.index(name if name in call else name.removesuffix("_ptr")) for name in given]
         self._pick = itemgetter(*places) if len(places) > 1 else lambda arguments: (arguments[places[0]],)
         self._kernel, self._grid = kernel, (*grid, 1, 1)[:3]
-        self._settled = tuple(values[name] for name in settled)
+        self._settled = tuple(values[name] for name in kernel.arg_names[len(given) :])
         self._options = {name: values[name] for name in OPTIONS if name in values}
-        self._key = None
-        if not INTERPRETED:
-            flags = (values[parameter.name] for parameter in kernel.params if parameter.is_constexpr)
-            self._key = (kernel, form, *flags, *self._options.values())
         self._compiled = self._run = self._function = self._metadata = None
-        self._adopt(_compiled.get(self._key))
 
     @property
     def is_compiled(self) -> bool:
         return self._compiled is not None
 
-    def _adopt(self, compiled: Any) -> None:
-        if compiled is not None:
-            self._compiled, self._run = compiled, compiled.run
-            self._function, self._metadata = compiled.function, compiled.packed_metadata
-
     def by_triton(self, arguments: tuple, keep: bool) -> None:
-        """With tensors; keep: all are aligned, and later calls may be by address."""
-        compiled = self._kernel[self._grid](*self._pick(arguments), *self._settled, **self._options)
-        if keep and not INTERPRETED:
-            _compiled[self._key] = compiled
-            self._adopt(compiled)
+        """With tensors; keep: 16 divides the addresses of all, and later calls may be by address."""
+        given = self._pick(arguments)
+        if INTERPRETED or not keep:
+            self._kernel[self._grid](*given, *self._settled, **self._options)
+            return
+        key = self._key(given)
+        compiled = _compiled.get(key)
+        if compiled is None:
+            compiled = _compiled[key] = self._kernel[self._grid](*given, *self._settled, **self._options)
+        else:
+            compiled[self._grid](*given, *self._settled)
+        self._compiled, self._run = compiled, compiled.run
+        self._function, self._metadata = compiled.function, compiled.packed_metadata
+
+    def _key(self, given: tuple) -> tuple:
+        """All that Triton compiles by, as none of the numbers are specialised on."""
+        constants = [parameter.is_constexpr for parameter in self._kernel.params[len(given) :]]
+        flags = compress(self._settled, constants)
+        return self._kernel, *map(_form, given), *flags, *self._options.values()
 
     def by_address(self, arguments: tuple, stream: int) -> None:
-        self._run(
+        self._run(  # type: ignore[misc]
             *self._grid, stream, self._function, self._metadata, None, None, None,
             *self._pick(arguments), *self._settled,
         )  # fmt: skip
 
     def observed(self, arguments: tuple, stream: int) -> None:
         """By address, with the hooks that profilers set on Triton's launches."""
-        self._compiled[self._grid](*self._pick(arguments), *self._settled, stream=stream)
+        self._compiled[self._grid](*self._pick(arguments), *self._settled, stream=stream)  # type: ignore[index]
+
+
+def _form(argument: Any) -> Any:
+    """What Triton compiles by of an argument of a call."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.device
+    return tuple(argument.block_shape) if isinstance(argument, TensorDescriptor) else argument is None
 
 
 def forget_compiled() -> None:
@@ -172,70 +182,68 @@ def _grid(values: dict[str, Any], tiles: Tiles) -> tuple[int, int]:
     return triton.cdiv(values["N"], tiles.cols), tiles.chunks
 
 
-def _count_before(form: Any, values: dict[str, Any]) -> list[Launch]:
+def _count_before(values: dict[str, Any]) -> list[Launch]:
     """A launch of its own where the cumulative average reads the count in every program of the next."""
     if not values["CUMULATIVE"]:
         return []
-    return [Launch(batch_norm.count_batch_kernel, (1,), FORWARD, form, {**LAUNCH_OPTIONS, "num_warps": 1})]
+    return [Launch(batch_norm.count_batch_kernel, (1,), FORWARD, {**LAUNCH_OPTIONS, "num_warps": 1})]
 
 
-def forward_columns(form: Any, values: dict[str, Any], tiles: Tiles) -> list[Launch]:
+def forward_columns(values: dict[str, Any], tiles: Tiles) -> list[Launch]:
     """Training-mode BatchNorm in one launch; two for the cumulative average."""
     kernel, values = batch_norm.columns_forward_kernel, values | tile_values(tiles)
-    return [*_count_before(form, values), Launch(kernel, _grid(values, tiles), FORWARD, form, values)]
+    return [*_count_before(values), Launch(kernel, _grid(values, tiles), FORWARD, values)]
 
 
-def forward_split(form: Any, values: dict[str, Any], tiles: Tiles) -> list[Launch]:
+def forward_split(values: dict[str, Any], tiles: Tiles) -> list[Launch]:
     """Training-mode BatchNorm in two launches, by partials (chunks, 3, N)."""
     statistics = values | tile_values(tiles) | {"maxnreg": 128}  # for two programs of 8 warps a multiprocessor
     kernel = batch_norm.split_statistics_kernel
-    return [Launch(kernel, _grid(values, tiles), FORWARD, form, statistics), *forward_apply(form, values, tiles)]
+    return [Launch(kernel, _grid(values, tiles), FORWARD, statistics), *forward_apply(values, tiles)]
 
 
-def forward_apply(form: Any, values: dict[str, Any], tiles: Tiles) -> list[Launch]:
+def forward_apply(values: dict[str, Any], tiles: Tiles) -> list[Launch]:
     """One launch where no statistics are taken: partials given, running statistics or no BatchNorm."""
     values = values | tile_values(tiles) | {"CHUNKS": min(32, power_of_two_at_least(tiles.chunks))}
-    return [Launch(batch_norm.apply_kernel, _grid(values, tiles), FORWARD, form, values)]
+    return [Launch(batch_norm.apply_kernel, _grid(values, tiles), FORWARD, values)]
 
 
-def forward_linear(form: Any, values: dict[str, Any], tiles: LinearTiles, precision: str) -> list[Launch]:
+def forward_linear(values: dict[str, Any], tiles: LinearTiles, precision: str) -> list[Launch]:
     """Linear and what follows it without statistics in one launch; precision is tl.dot's."""
     grid = triton.cdiv(values["M"], tiles.rows) * triton.cdiv(values["N"], tiles.cols)
     kernel, values = linear.linear_forward_kernel, values | _product_values(tiles, precision)
-    return [Launch(kernel, (grid,), FORWARD, form, values)]
+    return [Launch(kernel, (grid,), FORWARD, values)]
 
 
-def forward_linear_statistics(form: Any, values: dict[str, Any], tiles: StripTiles, precision: str) -> list[Launch]:
+def forward_linear_statistics(values: dict[str, Any], tiles: StripTiles, precision: str) -> list[Launch]:
     """Linear and training-mode BatchNorm in two launches: product with statistics, then apply."""
     own = {"lanes": tiles.lanes, "rows_per_strip": tiles.apply.rows_per_chunk}
     statistics = values | _product_values(tiles.product, precision) | own
     kernel, grid = linear_statistics.linear_statistics_kernel, tiles.lanes * tiles.apply.chunks
-    return [Launch(kernel, (grid,), FORWARD, form, statistics), *forward_apply(form, values, tiles.apply)]
+    return [Launch(kernel, (grid,), FORWARD, statistics), *forward_apply(values, tiles.apply)]
 
 
-def forward_whole_batch(form: Any, values: dict[str, Any], tiles: LinearTiles, precision: str) -> list[Launch]:
+def forward_whole_batch(values: dict[str, Any], tiles: LinearTiles, precision: str) -> list[Launch]:
     """Linear and training-mode BatchNorm in one launch; two for the cumulative average."""
     kernel, own = whole_batch.whole_batch_forward_kernel, values | _product_values(tiles, precision)
-    return [*_count_before(form, values), Launch(kernel, (triton.cdiv(own["N"], tiles.cols),), FORWARD, form, own)]
+    return [*_count_before(values), Launch(kernel, (triton.cdiv(own["N"], tiles.cols),), FORWARD, own)]
 
 
-def backward_columns(form: Any, values: dict[str, Any], tiles: Tiles) -> list[Launch]:
+def backward_columns(values: dict[str, Any], tiles: Tiles) -> list[Launch]:
     """Gradients by z, gamma, beta and, where it is asked for, the Linear's bias, in one launch."""
     kernel, values = batch_norm_backward.columns_backward_kernel, values | tile_values(tiles)
-    return [Launch(kernel, _grid(values, tiles), BACKWARD, form, values)]
+    return [Launch(kernel, _grid(values, tiles), BACKWARD, values)]
 
 
-def backward_split(form: Any, values: dict[str, Any], tiles: Tiles) -> list[Launch]:
+def backward_split(values: dict[str, Any], tiles: Tiles) -> list[Launch]:
     """The same in two launches, by partials (chunks, 2, N)."""
     values = values | tile_values(tiles) | {"CHUNKS": power_of_two_at_least(tiles.chunks)}
     kernels = batch_norm_backward.split_sums_kernel, batch_norm_backward.split_dz_kernel
-    return [Launch(kernel, _grid(values, tiles), BACKWARD, form, values) for kernel in kernels]
+    return [Launch(kernel, _grid(values, tiles), BACKWARD, values) for kernel in kernels]
 
 
-def backward_linear(
-    form: Any, values: dict[str, Any], tiles: LinearTiles, precision: str, needs_input: bool
-) -> list[Launch]:
+def backward_linear(values: dict[str, Any], tiles: LinearTiles, precision: str, needs_input: bool) -> list[Launch]:
     """Gradients of x Wᵀ + bias by weight and, where they are asked for, input and bias (dz_sum), in one launch."""
     rows = triton.cdiv(values["N"], tiles.rows) + (triton.cdiv(values["M"], tiles.rows) if needs_input else 0)
     grid, values = rows * triton.cdiv(values["K"], tiles.cols), values | _product_values(tiles, precision)
-    return [Launch(linear_backward.linear_backward_kernel, (grid,), BACKWARD, form, values)]
+    return [Launch(linear_backward.linear_backward_kernel, (grid,), BACKWARD, values)]

@@ -26,8 +26,8 @@ def test_wrong_kernel_fails_its_row(monkeypatch, capsys):
     """A forward that scales by a ten-thousandth too little, in one plan."""
     split = launch.forward_split
 
-    def wrong(form, values, tiles):
-        return split(form, values | {"eps": values["eps"] + 2e-4}, tiles)
+    def wrong(values, tiles):
+        return split(values | {"eps": values["eps"] + 2e-4}, tiles)
 
     monkeypatch.setattr(launch, "forward_split", wrong)
     monkeypatch.setattr(dispatch, "KERNEL_DTYPES", (torch.float32,))

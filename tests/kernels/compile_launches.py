@@ -74,7 +74,7 @@ def walk(launcher, tiles_of, settings: Settings, M: int, N: int, dtype: torch.dt
     """A forward or backward of z (M, N); all gradients of the latter."""
     z, columns = torch.empty((M, N), dtype=dtype), columns_of(settings.norm, N)
     shape = tiles_of(M, N, dtype.itemsize, gpu.multiprocessors)
-    launches = launcher(None, values_of(settings, M, N, 0, dtype), shape)
+    launches = launcher(values_of(settings, M, N, 0, dtype), shape)
     if launcher in (backward_columns, backward_split):
         gradients = {"dgamma": columns["gamma"], "dbeta": columns["beta"]} if columns else {}
         tensors = {"g": z, "dz": z, "dbias": torch.empty(N), **gradients}
@@ -131,7 +131,7 @@ def product(
         x, weight = descriptors(tensors["x"], tensors["weight"], made)
         tensors = tensors | {"x": x, "weight": weight}
     columns = columns_of(settings.norm, N)
-    launches = launcher(None, values_of(settings, M, N, K, dtype), shape, precision)
+    launches = launcher(values_of(settings, M, N, K, dtype), shape, precision)
     compile_all(launches, out=out, z=out if keep_z else None, partials=torch.empty(8), **columns, **tensors)
 
 
@@ -162,7 +162,7 @@ def gradients_of_product(
     """In the dtypes of the operands and the bias."""
     x, weight, bias = tensors["x"], tensors["weight"], tensors["bias"]
     shape = tiles.linear_backward_tiles(weight.element_size())
-    launches = backward_linear(None, values_of(GELU, M, N, K, dtype), shape, precision, True)
+    launches = backward_linear(values_of(GELU, M, N, K, dtype), shape, precision, True)
     dz = torch.empty((M, N), dtype=dtype)
     compile_all(launches, dz=dz, x=x, weight=weight, dx=x, dweight=weight, dz_sum=bias)
 
@@ -209,8 +209,8 @@ def launch_every_activation(M: int, N: int, dtype: torch.dtype, gpu: Machine) ->
     shape = tiles.columns_tiles(M, N, dtype.itemsize, gpu.multiprocessors)
     for name in ACTIVATIONS:
         values = values_of(GELU._replace(activation=name), M, N, 0, dtype)
-        compile_all(forward_apply(None, values, shape), z=z, out=z, seed_ptr=seed_ptr)
-        compile_all(backward_columns(None, values, shape), g=z, z=z, dz=z, seed_ptr=seed_ptr)
+        compile_all(forward_apply(values, shape), z=z, out=z, seed_ptr=seed_ptr)
+        compile_all(backward_columns(values, shape), g=z, z=z, dz=z, seed_ptr=seed_ptr)
 
 
 CASES = [

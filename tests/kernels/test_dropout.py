@@ -32,7 +32,7 @@ def multiplier_of_forward(M, N, p, key=KEY, tiles=None):
 
 
 def dropped(z, p, tiles, key=KEY, seed=None):
-    (apply,) = launch.forward_apply(None, launch.Settings(p=p).values(*z.shape, 0, 4, False), tiles)
+    (apply,) = launch.forward_apply(launch.Settings(p=p).values(*z.shape, 0, 4, False), tiles)
     tensors = {"z": z, "out": torch.empty_like(z), "seed_ptr": seed, "seed": key}
     apply.by_triton(tuple(tensors.get(name) for name in launch.FORWARD), keep=False)
     return tensors["out"]
