@@ -1,0 +1,237 @@
+"""What the plans of a problem cost, by a model: launches, bytes, FLOPs and how many multiprocessors are at work.
+
+Of each launch the longest of these counts, and a plan takes the sum of its launches:
+
+    a launch that does nothing;  bytes from device memory, and all bytes through L2, at the bandwidth that its programs
+    draw;  FLOPs at the rate of their multiprocessors;  steps that wait for their loads one after another
+
+The seconds are for telling plans apart, not for telling how long one takes: nothing here is measured, the rates are
+vendors' figures, and fastnn.tune is for what the model gets wrong.
+"""
+
+import math
+from typing import NamedTuple
+
+from .dispatch import Machine, tiles
+
+LAUNCH_SECONDS = 2e-6  # of a kernel that has nothing to do
+STEP_SECONDS = 0.5e-6  # of a loop without a pipeline: L2's latency, shared memory and the product in turn
+# A multiprocessor draws twice its share of the bandwidth: 64 bytes a clock from L2 are 112 GB/s of an H100, whose 132
+# have 42 each, and about half of all saturate device memory.
+DRAWN_SHARES = 2
+# Parts of the vendor's rate: what the library's products are known to reach, and ours, which nobody has tuned yet, for
+# a tile of 64 x 64 and more, and of 64 x 32.
+LIBRARY, OURS, OURS_SMALL = 0.8, 0.6, 0.3
+SPLIT_PRODUCTS = 6  # bf16 products for one of full fp32 (plans.product_precision)
+LIBRARY_TILE, LIBRARY_DEPTH = 64, 256  # of its small products, which split K where tiles are few
+
+
+class Rates(NamedTuple):
+    """Bytes a second of device memory and L2; FLOP a second of dense 16-bit and TF32 tensor cores, and of fp32 FMA."""
+
+    dram: float
+    l2: float
+    half: float
+    tf32: float
+    fp32: float
+
+
+# By compute capability, from the vendor's data sheets, 16-bit products with fp32 sums: A100 80 GB, A40, L40S, H100 SXM,
+# B200, RTX 5090. L2 rates are published of the A100 alone (5120 bytes a clock); all are taken at two thirds of that
+# width, or of 64 bytes a clock and multiprocessor where L2 is smaller.
+RATES = {
+    (8, 0): Rates(2.0e12, 4.8e12, 312e12, 156e12, 19.5e12),
+    (8, 6): Rates(0.7e12, 2.5e12, 150e12, 75e12, 37e12),
+    (8, 9): Rates(0.86e12, 5.0e12, 362e12, 183e12, 92e12),
+    (9, 0): Rates(3.35e12, 5.5e12, 989e12, 494e12, 67e12),
+    (10, 0): Rates(8.0e12, 9.0e12, 2250e12, 1125e12, 75e12),
+    (12, 0): Rates(1.8e12, 7.0e12, 210e12, 105e12, 105e12),
+}
+
+
+class Problem(NamedTuple):
+    """What a plan is chosen for: by one rule, sizes (M a bucket of rows), numbers, and what is asked.
+
+    arithmetic: "half" (of fp16 or bf16), "tf32" or "ieee" (full fp32); norm as in launch.Norm; save: a backward
+    follows. K is 0 where there is no product.
+    """
+
+    rule: str  # a key of CANDIDATES
+    M: int
+    N: int
+    K: int
+    itemsize: int
+    arithmetic: str
+    norm: str = "batch"
+    save: bool = True
+
+
+class Launch(NamedTuple):
+    """Bytes, FLOPs, and the FLOP a second of all multiprocessors; `accesses` of [M, N] are among dram's bytes."""
+
+    name: str
+    accesses: int
+    dram: float
+    programs: int
+    l2: float = 0.0  # bytes that are read again
+    flops: float = 0.0
+    rate: float = math.inf
+    steps: int = 0
+
+
+Plan = tuple[Launch, ...]
+
+
+def rates(machine: Machine) -> Rates:
+    """Of that capability, or of the nearest below it."""
+    return RATES[max(known for known in RATES if known <= machine.capability)]
+
+
+def launch_seconds(launch: Launch, machine: Machine) -> float:
+    share = min(1.0, launch.programs / machine.multiprocessors)
+    drawn, of = min(1.0, DRAWN_SHARES * share), rates(machine)
+    return max(
+        LAUNCH_SECONDS,
+        launch.dram / (of.dram * drawn),
+        (launch.dram + launch.l2) / (of.l2 * drawn),
+        launch.flops / (launch.rate * share),
+        launch.steps * STEP_SECONDS,
+    )
+
+
+def microseconds(plan: Plan, machine: Machine) -> float:
+    """To the nanosecond, so that what differs by rounding is a tie."""
+    return round(1e6 * sum(launch_seconds(launch, machine) for launch in plan), 3)
+
+
+def candidates(problem: Problem, machine: Machine) -> dict[str, Plan]:
+    """Every plan that can run, with its launches; of equal ones the first is the better."""
+    return CANDIDATES[problem.rule](problem, machine)
+
+
+def library_product(problem: Problem, machine: Machine, rows: int, cols: int, depth: int) -> Launch:
+    """A product of the library, one of whose matrices is [M, N]."""
+    of = rates(machine)
+    rate = {"half": of.half, "tf32": of.tf32, "ieee": of.fp32}[problem.arithmetic]
+    tiles_ = math.ceil(rows / LIBRARY_TILE) * math.ceil(cols / LIBRARY_TILE)
+    moved = problem.itemsize * (rows * cols + depth * (rows + cols))
+    flops = 2.0 * rows * cols * depth
+    return Launch("library product", 1, moved, tiles_ * math.ceil(depth / LIBRARY_DEPTH), 0, flops, rate * LIBRARY)
+
+
+def _our_rate(problem: Problem, machine: Machine, part: float) -> float:
+    """Narrower rows than 16-byte multiples are copied by as many more instructions."""
+    of = rates(machine)
+    rate = {"half": of.half, "tf32": of.tf32, "ieee": of.half / SPLIT_PRODUCTS}[problem.arithmetic]
+    return rate * part * tiles.access_width(problem.K, problem.itemsize) * problem.itemsize / tiles.ACCESS_BYTES
+
+
+def _activation(problem: Problem) -> int:
+    return problem.M * problem.N * problem.itemsize
+
+
+def _operands(problem: Problem) -> int:
+    return problem.K * (problem.M + problem.N) * problem.itemsize
+
+
+def _columns(name: str, problem: Problem, machine: Machine, reads: int) -> Plan:
+    """Each program reads its columns twice unless they stay in registers, and writes once.
+
+    What all programs at work have read once is found in L2 where it fits there, none of it where it is twice as much.
+    """
+    M, N, itemsize = problem.M, problem.N, problem.itemsize
+    shape = tiles.columns_tiles(M, N, itemsize, machine.multiprocessors)
+    programs, size = math.ceil(N / shape.cols), _activation(problem)
+    again = 0 if shape.one_tile else reads * size
+    kept = reads * min(programs, machine.multiprocessors) * M * shape.cols * itemsize
+    found = min(1.0, max(0.0, 2 - kept / machine.l2_bytes))
+    return (Launch(name, reads + 1, (reads + 1) * size + (1 - found) * again, programs, found * again),)
+
+
+def _rows(name: str, problem: Problem, machine: Machine, accesses: int) -> Launch:
+    """A pass by chunks of rows; partial sums (at most 128 rows of N) are not counted."""
+    M, N, itemsize = problem.M, problem.N, problem.itemsize
+    shape = tiles.split_tiles(M, N, itemsize, machine.multiprocessors)
+    return Launch(name, accesses, accesses * _activation(problem), math.ceil(N / shape.cols) * shape.chunks)
+
+
+def forward_passes(problem: Problem, machine: Machine) -> dict[str, Plan]:
+    """From z to the output; "apply" is for what needs no sums over rows."""
+    apply = _rows("apply", problem, machine, 2)
+    columns = _columns("columns forward", problem, machine, 1)
+    return {"split": (_rows("statistics", problem, machine, 1), apply), "columns": columns, "apply": (apply,)}
+
+
+def backward_passes(problem: Problem, machine: Machine) -> dict[str, Plan]:
+    """From the gradient of the output to that of z."""
+    split = (_rows("sums", problem, machine, 2), _rows("dz", problem, machine, 3))
+    return {"split": split, "columns": _columns("columns backward", problem, machine, 2)}
+
+
+def _statistics(problem: Problem, machine: Machine) -> dict[str, Plan]:
+    forward, backward = forward_passes(problem, machine), backward_passes(problem, machine)
+    return {name: forward[name] + plan for name, plan in backward.items()}
+
+
+def _batch_norm(problem: Problem, machine: Machine) -> dict[str, Plan]:
+    """In whole batch every program, of 16 columns, reads all of x."""
+    M, N, K, itemsize = problem.M, problem.N, problem.K, problem.itemsize
+    split = problem.arithmetic == "ieee"
+    forward, product = forward_passes(problem, machine), library_product(problem, machine, M, N, K)
+    rate, moved = _our_rate(problem, machine, OURS), _operands(problem) + _activation(problem)
+    found: dict[str, Plan] = {}
+    if tiles.whole_batch_rows(split) >= M:
+        cols = tiles.whole_batch_tiles(M, K, itemsize, split).cols
+        programs = math.ceil(N / cols)
+        again, flops = (programs - 1) * M * K * itemsize, 2.0 * M * programs * cols * K
+        whole = Launch("whole batch", 2, moved + _activation(problem), programs, again, flops, rate)
+        found["whole_batch"] = (whole,)
+    strips = tiles.linear_statistics_tiles(M, N, itemsize, split, machine.copies_tiles, machine.multiprocessors)
+    programs, flops = strips.lanes * strips.apply.chunks, 2.0 * M * N * K
+    ours = Launch("product with statistics", 1, moved, programs, 0, flops, rate)
+    found["columns"], found["split"] = (product, *forward["columns"]), (product, *forward["split"])
+    return found | {"epilogue": (ours, *forward["apply"])}
+
+
+def _linear(problem: Problem, machine: Machine) -> dict[str, Plan]:
+    """Tiles are taken as wide as they are with BatchNorm folded in. z is kept beside the output for a backward."""
+    M, N, K, itemsize = problem.M, problem.N, problem.K, problem.itemsize
+    applied: dict[str, Plan] = {
+        "apply": (library_product(problem, machine, M, N, K), *forward_passes(problem, machine)["apply"])
+    }
+    if problem.norm == "running" and problem.save:  # no kernel of ours leaves z there
+        return applied
+    shape = tiles.linear_tiles(M, N, K, itemsize, True, False, machine.multiprocessors)
+    programs = math.ceil(M / shape.rows) * math.ceil(N / shape.cols)
+    moved, flops = _operands(problem) + (1 + problem.save) * _activation(problem), 2.0 * M * N * K
+    ours = Launch("product", 1 + problem.save, moved, programs, 0, flops, _our_rate(problem, machine, OURS))
+    return {"epilogue": (ours,), **applied}
+
+
+def _linear_backward(problem: Problem, machine: Machine) -> dict[str, Plan]:
+    """Grouped: tiles of dW, whose depth is M, and of dx, whose depth is N, whole ones, and each reads its operands."""
+    M, N, K, itemsize = problem.M, problem.N, problem.K, problem.itemsize
+    library = (library_product(problem, machine, M, K, N), library_product(problem, machine, N, K, M))
+    shape = tiles.linear_backward_tiles(itemsize)
+    across = math.ceil(K / shape.cols)
+    parts = [(across * math.ceil(N / shape.rows), M), (across * math.ceil(M / shape.rows), N)]  # (tiles, depth)
+    tile_depth, moved = sum(count * depth for count, depth in parts), 2 * _operands(problem) + _activation(problem)
+    grouped = Launch(
+        "both gradients",
+        accesses=1,
+        dram=moved,
+        programs=sum(count for count, _ in parts),
+        l2=max(0, tile_depth * (shape.rows + shape.cols) * itemsize - _operands(problem) - _activation(problem)),
+        flops=2.0 * tile_depth * shape.rows * shape.cols,
+        rate=_our_rate(problem, machine, OURS_SMALL),
+        steps=0 if shape.num_stages > 1 else math.ceil(max(M, N) / shape.depth),
+    )
+    return {"grouped": (grouped,), "library": library}
+
+
+CANDIDATES = {
+    "statistics": _statistics,
+    "batch_norm": _batch_norm,
+    "linear": _linear,
+    "linear_backward": _linear_backward,
+}
