@@ -16,9 +16,9 @@ from .dispatch import Machine, tiles
 
 LAUNCH_SECONDS = 2e-6  # of a kernel that has nothing to do
 STEP_SECONDS = 0.5e-6  # of a loop without a pipeline: L2's latency, shared memory and the product in turn
-# A multiprocessor draws twice its share of the bandwidth: 64 bytes a clock from L2 are 112 GB/s of an H100, whose 132
-# have 42 each, and about half of all saturate device memory.
-DRAWN_SHARES = 2
+# One multiprocessor draws so many times its share of the bandwidth: half of all saturate device memory; of L2's, which
+# is 42 GB/s for each of an H100's 132, one can take 64 bytes a clock, 112 GB/s.
+DRAM_SHARES, L2_SHARES = 2, 2.5
 # Parts of the vendor's rate: what the library's products are known to reach, and ours, which nobody has tuned yet, for
 # a tile of 64 x 64 and more, and of 64 x 32.
 LIBRARY, OURS, OURS_SMALL = 0.8, 0.6, 0.3
@@ -36,13 +36,13 @@ class Rates(NamedTuple):
     fp32: float
 
 
-# By compute capability, from the vendor's data sheets, 16-bit products with fp32 sums: A100 80 GB, A40, L40S, H100 SXM,
-# B200, RTX 5090. L2 rates are published of the A100 alone (5120 bytes a clock); all are taken at two thirds of that
-# width, or of 64 bytes a clock and multiprocessor where L2 is smaller.
+# By compute capability, from the vendor's data sheets, 16-bit products with fp32 sums: A100 80 GB, RTX 3090, RTX 4090,
+# H100 SXM, B200, RTX 5090. Of L2's rates only the A100's is published (5120 bytes a clock, of which two thirds are
+# taken here and for the H100); the others are assumed.
 RATES = {
     (8, 0): Rates(2.0e12, 4.8e12, 312e12, 156e12, 19.5e12),
-    (8, 6): Rates(0.7e12, 2.5e12, 150e12, 75e12, 37e12),
-    (8, 9): Rates(0.86e12, 5.0e12, 362e12, 183e12, 92e12),
+    (8, 6): Rates(0.94e12, 2.5e12, 71e12, 36e12, 36e12),
+    (8, 9): Rates(1.01e12, 5.0e12, 165e12, 83e12, 83e12),
     (9, 0): Rates(3.35e12, 5.5e12, 989e12, 494e12, 67e12),
     (10, 0): Rates(8.0e12, 9.0e12, 2250e12, 1125e12, 75e12),
     (12, 0): Rates(1.8e12, 7.0e12, 210e12, 105e12, 105e12),
@@ -89,11 +89,11 @@ def rates(machine: Machine) -> Rates:
 
 def launch_seconds(launch: Launch, machine: Machine) -> float:
     share = min(1.0, launch.programs / machine.multiprocessors)
-    drawn, of = min(1.0, DRAWN_SHARES * share), rates(machine)
+    of = rates(machine)
     return max(
         LAUNCH_SECONDS,
-        launch.dram / (of.dram * drawn),
-        (launch.dram + launch.l2) / (of.l2 * drawn),
+        launch.dram / (of.dram * min(1.0, DRAM_SHARES * share)),
+        (launch.dram + launch.l2) / (of.l2 * min(1.0, L2_SHARES * share)),
         launch.flops / (launch.rate * share),
         launch.steps * STEP_SECONDS,
     )
@@ -137,13 +137,14 @@ def _operands(problem: Problem) -> int:
 def _columns(name: str, problem: Problem, machine: Machine, reads: int) -> Plan:
     """Each program reads its columns twice unless they stay in registers, and writes once.
 
-    What all programs at work have read once is found in L2 where it fits there, none of it where it is twice as much.
+    What all programs at work read is found in L2 again where it and what they write fit there; nothing of it where
+    that is twice as much as fits.
     """
     M, N, itemsize = problem.M, problem.N, problem.itemsize
     shape = tiles.columns_tiles(M, N, itemsize, machine.multiprocessors)
     programs, size = math.ceil(N / shape.cols), _activation(problem)
     again = 0 if shape.one_tile else reads * size
-    kept = reads * min(programs, machine.multiprocessors) * M * shape.cols * itemsize
+    kept = (reads + 1) * min(programs, machine.multiprocessors) * M * shape.cols * itemsize
     found = min(1.0, max(0.0, 2 - kept / machine.l2_bytes))
     return (Launch(name, reads + 1, (reads + 1) * size + (1 - found) * again, programs, found * again),)
 

@@ -16,10 +16,10 @@ from . import costs, dispatch
 from .costs import Problem
 from .dispatch import tiles
 
-# Where our product of split operands (product_precision), neither tuned nor measured yet, is not taken on the model's
-# word, by which it is twice as fast as the library's fp32: deeper than that where it takes statistics, ...
-EPILOGUE_DEPTH = 512
-SPLIT_PRODUCT = 1 << 27  # ... and of more multiply-adds where it does not.
+# Our product of split operands (product_precision) is neither tuned nor measured yet, and by the model twice as fast as
+# the library's fp32. It is not taken on the model's word where it takes statistics of a product deeper than
+EPILOGUE_DEPTH = 512  # or where columns would do, nor where it takes none and makes more multiply-adds than
+SPLIT_PRODUCT = 1 << 27
 
 PLANS = {
     "statistics": ("split", "columns"),
@@ -114,11 +114,9 @@ def _model(problem: Problem, machine: dispatch.Machine) -> dict[str, float]:
     return {name: costs.microseconds(plan, machine) for name, plan in found.items()}
 
 
-def _choose(
-    problem: Problem, device: torch.device, without: str = "", untrusted: dict[str, str] | None = None
-) -> Choice:
+def _choose(problem: Problem, device: torch.device, untrusted: dict[str, str], without: str = "") -> Choice:
     """The forced plan, the measured best or the model's, of the problem's candidates but for `without`."""
-    machine, untrusted = dispatch.machine(device), untrusted or {}
+    machine = dispatch.machine(device)
     model = {name: us for name, us in _model(problem, machine).items() if name != without}
     for name in _forced_plans:
         if name in model:
@@ -137,7 +135,7 @@ def _arithmetic(dtype: torch.dtype) -> str:
 
 
 def statistics_choice(M: int, N: int, itemsize: int, device: torch.device) -> Choice:
-    return _choose(Problem("statistics", bucket(M), N, 0, itemsize, "none"), device)
+    return _choose(Problem("statistics", bucket(M), N, 0, itemsize, "none"), device, {})
 
 
 def statistics_plan(M: int, N: int, itemsize: int, device: torch.device) -> str:
@@ -154,10 +152,10 @@ def batch_norm_choice(M: int, N: int, K: int, dtype: torch.dtype, device: torch.
     untrusted = {}
     if K * dtype.itemsize % tiles.ACCESS_BYTES:
         untrusted["epilogue"] = f"rows of {K * dtype.itemsize} bytes are no multiple of {tiles.ACCESS_BYTES}"
-    elif splits(dtype) and K > EPILOGUE_DEPTH:
-        untrusted["epilogue"] = f"no product of full fp32 deeper than {EPILOGUE_DEPTH} is trusted unmeasured"
+    elif splits(dtype) and (K > EPILOGUE_DEPTH or other == "split"):
+        untrusted["epilogue"] = "unmeasured in full fp32"
     problem = Problem("batch_norm", bucket(M), N, K, dtype.itemsize, _arithmetic(dtype), "batch", save)
-    return _choose(problem, device, other, untrusted)
+    return _choose(problem, device, untrusted, other)
 
 
 def batch_norm_plan(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -180,8 +178,8 @@ def linear_choice(
 ) -> Choice:
     untrusted, rows = {}, bucket(M)
     if splits(dtype) and rows * N * K > SPLIT_PRODUCT:
-        untrusted["epilogue"] = "no product of full fp32 as large is trusted unmeasured"
-    return _choose(Problem("linear", rows, N, K, dtype.itemsize, _arithmetic(dtype), norm, save), device, "", untrusted)
+        untrusted["epilogue"] = "unmeasured in full fp32"
+    return _choose(Problem("linear", rows, N, K, dtype.itemsize, _arithmetic(dtype), norm, save), device, untrusted)
 
 
 def linear_plan(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -202,7 +200,7 @@ def forward_plan(M: int, N: int, K: int, dtype: torch.dtype, device: torch.devic
 
 def linear_backward_choice(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> Choice:
     problem = Problem("linear_backward", bucket(M), N, K, dtype.itemsize, _arithmetic(dtype))
-    return _choose(problem, device)
+    return _choose(problem, device, {})
 
 
 def linear_backward_plan(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> str:

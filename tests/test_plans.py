@@ -35,7 +35,8 @@ def test_statistics_plan_of_published_shapes(M, N, itemsize, plan):
     [
         (64, 100, 784, torch.float32, "whole_batch"),
         (64, 100, 784, torch.bfloat16, "whole_batch"),
-        (512, 100, 784, torch.bfloat16, "whole_batch"),  # x is read 7 times: 5.6 MB
+        (512, 100, 100, torch.bfloat16, "whole_batch"),
+        (512, 100, 784, torch.bfloat16, "columns"),  # each of 7 programs reads 0.8 MB of x, 8 µs for one multiprocessor
         (128, 100, 784, torch.float32, "whole_batch"),
         (256, 100, 784, torch.float32, "columns"),  # 200 000 multiply-adds a column, six products each
         (300, 100, 100, torch.float32, "columns"),  # more rows than a tile of split operands
@@ -61,11 +62,18 @@ def test_whole_batch_serves_more_rows_where_operands_are_not_split(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("M", "N", "K", "plan"),
-    [(64, 100, 784, "grouped"), (1024, 10, 100, "grouped"), (1024, 100, 784, "library"), (512, 2048, 2048, "library")],
+    ("M", "N", "K", "dtype", "plan"),
+    [
+        (64, 100, 784, torch.float32, "grouped"),
+        (1024, 10, 100, torch.bfloat16, "grouped"),
+        (1024, 10, 100, torch.float32, "library"),  # 32 steps that wait for their loads: fp32 is not pipelined
+        (1024, 100, 784, torch.float32, "library"),
+        (512, 2048, 2048, torch.float32, "library"),
+        (512, 2048, 2048, torch.bfloat16, "library"),
+    ],
 )
-def test_linear_backward_plan_of_published_shapes(M, N, K, plan):
-    assert plans.linear_backward_plan(M, N, K, torch.float32, CPU) == plan
+def test_linear_backward_plan_of_published_shapes(M, N, K, dtype, plan):
+    assert plans.linear_backward_plan(M, N, K, dtype, CPU) == plan
 
 
 @pytest.mark.parametrize(
