@@ -28,7 +28,7 @@ PLANS = {
     "linear_backward": ("grouped", "library"),
 }
 NAMES = tuple(dict.fromkeys(name for names in PLANS.values() for name in names))
-MODEL, FORCED, MEASURED = "cost model", "forced", "measured by fastnn.tune"
+MODEL, FORCED, MEASURED = "by the cost model", "forced", "measured by fastnn.tune"
 
 # Of whatever is not an argument of the rules below, but for torch's own settings (fp32 precision, deterministic
 # algorithms): who keeps a plan keeps it for one generation.

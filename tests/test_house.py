@@ -26,6 +26,10 @@ LAYERS = {
     "runs": {"functional", "activations", "reference"},
     "memory": set(),
     "nn": {"runs", "functional", "dispatch", "kernels", "memory"},  # the last three for nn.utils
+    "observation": {"nn", "runs", "functional", "plans", "dispatch"},
+    "explanation": {"observation", "plans", "costs", "dispatch"},
+    "plan_table": {"plans", "dispatch"},
+    "tuning": {"explanation", "observation", "plan_table", "functional", "plans", "costs", "dispatch"},
     "optim": {"dispatch", "kernels", "memory"},
 }
 SOURCES = [
