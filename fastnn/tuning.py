@@ -169,11 +169,12 @@ def _statistics(problem: Problem, rows: int, device: torch.device) -> Callable[[
     draw = _drawn(device, DTYPES[problem.itemsize])
     z, g = draw(rows, problem.N), draw(rows, problem.N, grad=False)
     norm = _batch_norm(problem.N, "batch", device, True)
+    leaves = [tensor for tensor in (z, norm.weight, norm.bias) if tensor is not None]
 
     def work(plan: str) -> Any:
         with plans.forced_plan(plan):
             out = linear_batch_norm_act_dropout(z, batch_norm=norm, activation="relu")
-            return torch.autograd.grad(out, (z, norm.weight, norm.bias), g)
+            return torch.autograd.grad(out, leaves, g)
 
     return work
 
