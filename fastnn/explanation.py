@@ -93,11 +93,12 @@ def explanation_of(calls: list[Call], notes: tuple[str, ...] = ()) -> Explanatio
 
 def _row(call: Call) -> Row:
     chosen = call.choices()
-    fused = not call.reason
+    reason = call.unfused()
+    fused = not reason
     forward, backward = _plan_names(call, chosen) if fused else ("", "")
     why = tuple(f"{part}: {_why(choice)}" for part, choice in chosen.items())
     return Row(
-        call.modules, " + ".join(call.layers), fused, call.reason, call.path.name, forward, backward,
+        call.modules, " + ".join(call.layers), fused, reason, call.path.name, forward, backward,
         _accesses(call, chosen) if fused else None, why, {part: c.microseconds for part, c in chosen.items()},
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ _EAGER, _CPU = dispatch.Path("eager"), torch.device("cpu")
 class Call:
     """A run of layers on what arrived at it: M rows, K to N features; K is 0 where there is no Linear.
 
-    reason says why it is not fused, and is empty where it is.
+    reason: why it is not fused whatever the plans are, else empty.
     """
 
     modules: str  # names in the model: "encoder.0-3"
@@ -46,9 +46,18 @@ class Call:
     weight_gradient: bool = False
     bias_gradient: bool = False  # where it is a launch of its own: of a Linear alone
 
+    def unfused(self) -> str:
+        """Why it is not fused now; a Linear alone is where its gradients are one launch (runs.fits)."""
+        if self.reason or len(self.layers) > 1:
+            return self.reason
+        if not (self.casts or (self.weight_gradient and (self.input_gradient or self.bias_gradient))):
+            return "alone, and at most one gradient"
+        grouped = plans.linear_backward_plan(self.M, self.N, self.K, self.dtype, self.device) == "grouped"
+        return "" if grouped else "alone, and the library's gradients are the plan"
+
     def choices(self) -> dict[str, Choice]:
         """The plans that the rules choose among for it now: "forward", "sums" and "gradients" of a Linear."""
-        if self.path.eager or (self.reason and not self.linear_alone):
+        if self.reason:
             return {}
         M, N, K, dtype, device = self.M, self.N, self.K, self.dtype, self.device
         found: dict[str, Choice] = {}
@@ -166,7 +175,11 @@ def _call_of(part: Run | nn.Module, input: Any, place: str) -> Call | None:
         any(tensor is not None and tensor.dtype != dtype for tensor in (weight, bias, input)[: 3 * bool(linear)]),
         wanted[0], wanted[1], wanted[2] and alone,
     )  # fmt: skip
-    return call if path.eager or runs.fits(part, input) else _unfit(call, part)
+    if path.eager or len(part) == 1 or runs.fits(part, input):
+        return call
+    strided = type(part[0]) is nn.Linear or type(part[0]) is nn.BatchNorm1d
+    reason = "BatchNorm1d of an input that is not 2-D" if strided else "its input is not contiguous"
+    return replace(call, reason=reason)
 
 
 def _acts(layer: nn.Module) -> bool:
@@ -174,18 +187,6 @@ def _acts(layer: nn.Module) -> bool:
     if type(layer) is nn.Dropout:
         return layer.training and layer.p > 0
     return type(layer) is not nn.Identity
-
-
-def _unfit(call: Call, part: Run) -> Call:
-    """With the reason why its layers are called one by one, though kernels serve the tensors (runs.fits)."""
-    if len(part) == 1:
-        several = call.weight_gradient and (call.input_gradient or call.bias_gradient)
-        reason = "alone, and the library's gradients are the plan" if several else "alone, and at most one gradient"
-    elif type(part[0]) is not nn.Linear and type(part[0]) is not nn.BatchNorm1d:
-        reason = "its input is not contiguous"
-    else:
-        reason = "BatchNorm1d of an input that is not 2-D"
-    return Call(**{**vars(call), "reason": reason})
 
 
 def _unfused_reason(module: nn.Module) -> str | None:

@@ -22,8 +22,8 @@ EPILOGUE_DEPTH = 512  # or where columns would do, nor where it takes none and m
 SPLIT_PRODUCT = 1 << 27
 
 PLANS = {
-    "statistics": ("split", "columns"),
     "batch_norm": ("whole_batch", "columns", "split", "epilogue"),
+    "statistics": ("split", "columns"),
     "linear": ("epilogue", "apply"),
     "linear_backward": ("grouped", "library"),
 }

@@ -13,12 +13,12 @@ import tempfile
 from unittest.mock import patch
 
 import torch
+from support.ahead_of_time import stand_in_driver
+from support.ops_log import OpsLog, ops_of_a_gpu
 
 import fastnn
 from bench.workloads import WORKLOADS
 from fastnn import costs, dispatch, tuning
-from support.ahead_of_time import stand_in_driver
-from support.ops_log import OpsLog, ops_of_a_gpu
 
 WORKLOAD = WORKLOADS["gin"]
 FEWEST, MOST = WORKLOAD.batches
