@@ -168,7 +168,7 @@ def streaming_tiles(M, N, itemsize, multiprocessors):
     [
         (launch, "forward_columns", forward_twice),  # another pass over z
         (batch_norm, "load_tile", load_tile_twice),  # z read again where it is in registers
-        (block_traffic.dispatch.tiles, "columns_tiles", streaming_tiles),  # columns no longer kept in registers
+        (block_traffic.plans.tiles, "columns_tiles", streaming_tiles),  # columns no longer kept in registers
     ],
     ids=["a second pass", "a second read", "columns streamed"],
 )
