@@ -14,7 +14,7 @@ from support.figures import Row
 from support.processes import without_interpreter
 
 from bench.workloads import WORKLOADS
-from fastnn.kernels import batch_norm, launch, multi_tensor
+from fastnn.kernels import batch_norm, launch, multi_tensor, tiles
 from fastnn.kernels.tiles import STREAM_TILE, Tiles, tile_offsets
 
 TRAINING, EVAL, MLP = "a training step", "eval", "launches of a training step of notes-mlp, batch 64"
@@ -168,7 +168,7 @@ def streaming_tiles(M, N, itemsize, multiprocessors):
     [
         (launch, "forward_columns", forward_twice),  # another pass over z
         (batch_norm, "load_tile", load_tile_twice),  # z read again where it is in registers
-        (block_traffic.plans.tiles, "columns_tiles", streaming_tiles),  # columns no longer kept in registers
+        (tiles, "columns_tiles", streaming_tiles),  # columns no longer kept in registers
     ],
     ids=["a second pass", "a second read", "columns streamed"],
 )

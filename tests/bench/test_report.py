@@ -167,7 +167,7 @@ def test_host_rows_are_ratios_without_a_microsecond():
 def test_every_table_says_below_it_where_its_numbers_are_from():
     lines = report.section(*made_up.with_gpu(), {})
     ends = [i for i, line in enumerate(lines) if line.startswith("|") and not lines[i + 1].startswith("|")]
-    assert len(ends) == 4
+    assert len(ends) == 5
     for i in ends:
         assert lines[i + 1] == ""
         versions = "torch 2.13.0, Triton 3.9.0, Python 3.12.1, 2001-02-03, commit 0123abc: pytest bench"
