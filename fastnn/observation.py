@@ -1,5 +1,6 @@
 """The runs of a model as one call of it meets them: shapes, dtypes and paths, learned without changing anything."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -129,7 +130,8 @@ def _undisturbed(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[None]:
         for kind in {device.type for device in devices} - {"cpu", "meta"}:
             of_kind = [device.index for device in devices if device.type == kind]
             stack.enter_context(torch.random.fork_rng(devices=of_kind, device_type=kind))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
