@@ -19,8 +19,8 @@ STEP_SECONDS = 0.5e-6  # of a loop without a pipeline: L2's latency, shared memo
 # One multiprocessor draws so many times its share of the bandwidth: half of all saturate device memory; of L2's, which
 # is 42 GB/s for each of an H100's 132, one can take 64 bytes a clock, 112 GB/s.
 DRAM_SHARES, L2_SHARES = 2, 2.5
-# Parts of the vendor's rate: what the library's products are known to reach, and ours, which nobody has tuned yet, for
-# a tile of 64 x 64 and more, and of 64 x 32.
+# Parts of the vendor's rate: what the library's products are known to reach, and ours, which nobody has tuned yet, in
+# general and in tiles of 64 x 32.
 LIBRARY, OURS, OURS_SMALL = 0.8, 0.6, 0.3
 SPLIT_PRODUCTS = 6  # bf16 products for one of full fp32 (plans.product_precision)
 LIBRARY_TILE, LIBRARY_DEPTH = 64, 256  # of its small products, which split K where tiles are few
@@ -56,7 +56,7 @@ class Problem(NamedTuple):
     follows. K is 0 where there is no product.
     """
 
-    rule: str  # a key of CANDIDATES
+    rule: str  # of candidates()
     M: int
     N: int
     K: int
@@ -64,6 +64,14 @@ class Problem(NamedTuple):
     arithmetic: str
     norm: str = "batch"
     save: bool = True
+
+    @property
+    def activation(self) -> int:
+        return self.M * self.N * self.itemsize
+
+    @property
+    def operands(self) -> int:
+        return self.K * (self.M + self.N) * self.itemsize
 
 
 class Launch(NamedTuple):
@@ -88,8 +96,7 @@ def rates(machine: Machine) -> Rates:
 
 
 def launch_seconds(launch: Launch, machine: Machine) -> float:
-    share = min(1.0, launch.programs / machine.multiprocessors)
-    of = rates(machine)
+    of, share = rates(machine), min(1.0, launch.programs / machine.multiprocessors)
     return max(
         LAUNCH_SECONDS,
         launch.dram / (of.dram * min(1.0, DRAM_SHARES * share)),
@@ -106,17 +113,20 @@ def microseconds(plan: Plan, machine: Machine) -> float:
 
 def candidates(problem: Problem, machine: Machine) -> dict[str, Plan]:
     """Every plan that can run, with its launches; of equal ones the first is the better."""
-    return CANDIDATES[problem.rule](problem, machine)
+    if problem.rule == "statistics":
+        forward, backward = forward_passes(problem, machine), backward_passes(problem, machine)
+        return {name: forward[name] + plan for name, plan in backward.items()}
+    rules = {"batch_norm": _batch_norm, "linear": _linear, "linear_backward": _linear_backward}
+    return rules[problem.rule](problem, machine)
 
 
-def library_product(problem: Problem, machine: Machine, rows: int, cols: int, depth: int) -> Launch:
+def _library(problem: Problem, machine: Machine, rows: int, cols: int, depth: int) -> Launch:
     """A product of the library, one of whose matrices is [M, N]."""
     of = rates(machine)
-    rate = {"half": of.half, "tf32": of.tf32, "ieee": of.fp32}[problem.arithmetic]
-    tiles_ = math.ceil(rows / LIBRARY_TILE) * math.ceil(cols / LIBRARY_TILE)
+    rate = LIBRARY * {"half": of.half, "tf32": of.tf32, "ieee": of.fp32}[problem.arithmetic]
+    programs = math.ceil(rows / LIBRARY_TILE) * math.ceil(cols / LIBRARY_TILE) * math.ceil(depth / LIBRARY_DEPTH)
     moved = problem.itemsize * (rows * cols + depth * (rows + cols))
-    flops = 2.0 * rows * cols * depth
-    return Launch("library product", 1, moved, tiles_ * math.ceil(depth / LIBRARY_DEPTH), 0, flops, rate * LIBRARY)
+    return Launch("library product", 1, moved, programs, 0, 2.0 * rows * cols * depth, rate)
 
 
 def _our_rate(problem: Problem, machine: Machine, part: float) -> float:
@@ -126,34 +136,24 @@ def _our_rate(problem: Problem, machine: Machine, part: float) -> float:
     return rate * part * tiles.access_width(problem.K, problem.itemsize) * problem.itemsize / tiles.ACCESS_BYTES
 
 
-def _activation(problem: Problem) -> int:
-    return problem.M * problem.N * problem.itemsize
-
-
-def _operands(problem: Problem) -> int:
-    return problem.K * (problem.M + problem.N) * problem.itemsize
-
-
 def _columns(name: str, problem: Problem, machine: Machine, reads: int) -> Plan:
     """Each program reads its columns twice unless they stay in registers, and writes once.
 
     What all programs at work read is found in L2 again where it and what they write fit there; nothing of it where
     that is twice as much as fits.
     """
-    M, N, itemsize = problem.M, problem.N, problem.itemsize
-    shape = tiles.columns_tiles(M, N, itemsize, machine.multiprocessors)
-    programs, size = math.ceil(N / shape.cols), _activation(problem)
+    shape = tiles.columns_tiles(problem.M, problem.N, problem.itemsize, machine.multiprocessors)
+    programs, size = math.ceil(problem.N / shape.cols), problem.activation
     again = 0 if shape.one_tile else reads * size
-    kept = (reads + 1) * min(programs, machine.multiprocessors) * M * shape.cols * itemsize
-    found = min(1.0, max(0.0, 2 - kept / machine.l2_bytes))
+    at_work = min(programs, machine.multiprocessors) * problem.M * shape.cols * problem.itemsize
+    found = min(1.0, max(0.0, 2 - (reads + 1) * at_work / machine.l2_bytes))
     return (Launch(name, reads + 1, (reads + 1) * size + (1 - found) * again, programs, found * again),)
 
 
 def _rows(name: str, problem: Problem, machine: Machine, accesses: int) -> Launch:
     """A pass by chunks of rows; partial sums (at most 128 rows of N) are not counted."""
-    M, N, itemsize = problem.M, problem.N, problem.itemsize
-    shape = tiles.split_tiles(M, N, itemsize, machine.multiprocessors)
-    return Launch(name, accesses, accesses * _activation(problem), math.ceil(N / shape.cols) * shape.chunks)
+    shape = tiles.split_tiles(problem.M, problem.N, problem.itemsize, machine.multiprocessors)
+    return Launch(name, accesses, accesses * problem.activation, math.ceil(problem.N / shape.cols) * shape.chunks)
 
 
 def forward_passes(problem: Problem, machine: Machine) -> dict[str, Plan]:
@@ -169,70 +169,47 @@ def backward_passes(problem: Problem, machine: Machine) -> dict[str, Plan]:
     return {"split": split, "columns": _columns("columns backward", problem, machine, 2)}
 
 
-def _statistics(problem: Problem, machine: Machine) -> dict[str, Plan]:
-    forward, backward = forward_passes(problem, machine), backward_passes(problem, machine)
-    return {name: forward[name] + plan for name, plan in backward.items()}
-
-
 def _batch_norm(problem: Problem, machine: Machine) -> dict[str, Plan]:
     """In whole batch every program, of 16 columns, reads all of x."""
-    M, N, K, itemsize = problem.M, problem.N, problem.K, problem.itemsize
-    split = problem.arithmetic == "ieee"
-    forward, product = forward_passes(problem, machine), library_product(problem, machine, M, N, K)
-    rate, moved = _our_rate(problem, machine, OURS), _operands(problem) + _activation(problem)
+    _, M, N, K, itemsize, arithmetic, *_ = problem
+    split, forward = arithmetic == "ieee", forward_passes(problem, machine)
+    rate, moved = _our_rate(problem, machine, OURS), problem.operands + problem.activation
     found: dict[str, Plan] = {}
     if tiles.whole_batch_rows(split) >= M:
         cols = tiles.whole_batch_tiles(M, K, itemsize, split).cols
         programs = math.ceil(N / cols)
         again, flops = (programs - 1) * M * K * itemsize, 2.0 * M * programs * cols * K
-        whole = Launch("whole batch", 2, moved + _activation(problem), programs, again, flops, rate)
-        found["whole_batch"] = (whole,)
-    strips = tiles.linear_statistics_tiles(M, N, itemsize, split, machine.copies_tiles, machine.multiprocessors)
-    programs, flops = strips.lanes * strips.apply.chunks, 2.0 * M * N * K
-    ours = Launch("product with statistics", 1, moved, programs, 0, flops, rate)
+        found["whole_batch"] = (
+            Launch("whole batch", 2, moved + problem.activation, programs, again, flops, rate),
+        )  # fmt: skip
+    product = _library(problem, machine, M, N, K)
     found["columns"], found["split"] = (product, *forward["columns"]), (product, *forward["split"])
+    strips = tiles.linear_statistics_tiles(M, N, itemsize, split, machine.copies_tiles, machine.multiprocessors)
+    programs = strips.lanes * strips.apply.chunks
+    ours = Launch("product with statistics", 1, moved, programs, 0, 2.0 * M * N * K, rate)
     return found | {"epilogue": (ours, *forward["apply"])}
 
 
 def _linear(problem: Problem, machine: Machine) -> dict[str, Plan]:
     """Tiles are taken as wide as they are with BatchNorm folded in. z is kept beside the output for a backward."""
-    M, N, K, itemsize = problem.M, problem.N, problem.K, problem.itemsize
-    applied: dict[str, Plan] = {
-        "apply": (library_product(problem, machine, M, N, K), *forward_passes(problem, machine)["apply"])
-    }
-    if problem.norm == "running" and problem.save:  # no kernel of ours leaves z there
-        return applied
+    _, M, N, K, itemsize, _, norm, save = problem
+    library: Plan = (_library(problem, machine, M, N, K), *forward_passes(problem, machine)["apply"])
+    if norm == "running" and save:  # no kernel of ours leaves z there
+        return {"apply": library}
     shape = tiles.linear_tiles(M, N, K, itemsize, True, False, machine.multiprocessors)
-    programs = math.ceil(M / shape.rows) * math.ceil(N / shape.cols)
-    moved, flops = _operands(problem) + (1 + problem.save) * _activation(problem), 2.0 * M * N * K
-    ours = Launch("product", 1 + problem.save, moved, programs, 0, flops, _our_rate(problem, machine, OURS))
-    return {"epilogue": (ours,), **applied}
+    programs, writes = math.ceil(M / shape.rows) * math.ceil(N / shape.cols), 1 + save
+    moved, rate = problem.operands + writes * problem.activation, _our_rate(problem, machine, OURS)
+    return {"epilogue": (Launch("product", writes, moved, programs, 0, 2.0 * M * N * K, rate),), "apply": library}
 
 
 def _linear_backward(problem: Problem, machine: Machine) -> dict[str, Plan]:
-    """Grouped: tiles of dW, whose depth is M, and of dx, whose depth is N, whole ones, and each reads its operands."""
-    M, N, K, itemsize = problem.M, problem.N, problem.K, problem.itemsize
-    library = (library_product(problem, machine, M, K, N), library_product(problem, machine, N, K, M))
+    """Grouped: whole tiles of dW, whose depth is M, and of dx, whose depth is N; each reads its operands."""
+    _, M, N, K, itemsize, *_ = problem
     shape = tiles.linear_backward_tiles(itemsize)
-    across = math.ceil(K / shape.cols)
-    parts = [(across * math.ceil(N / shape.rows), M), (across * math.ceil(M / shape.rows), N)]  # (tiles, depth)
-    tile_depth, moved = sum(count * depth for count, depth in parts), 2 * _operands(problem) + _activation(problem)
-    grouped = Launch(
-        "both gradients",
-        accesses=1,
-        dram=moved,
-        programs=sum(count for count, _ in parts),
-        l2=max(0, tile_depth * (shape.rows + shape.cols) * itemsize - _operands(problem) - _activation(problem)),
-        flops=2.0 * tile_depth * shape.rows * shape.cols,
-        rate=_our_rate(problem, machine, OURS_SMALL),
-        steps=0 if shape.num_stages > 1 else math.ceil(max(M, N) / shape.depth),
-    )
-    return {"grouped": (grouped,), "library": library}
-
-
-CANDIDATES = {
-    "statistics": _statistics,
-    "batch_norm": _batch_norm,
-    "linear": _linear,
-    "linear_backward": _linear_backward,
-}
+    of_dw, of_dx = (math.ceil(K / shape.cols) * math.ceil(size / shape.rows) for size in (N, M))
+    depth, once = of_dw * M + of_dx * N, problem.operands + problem.activation
+    again = max(0, depth * (shape.rows + shape.cols) * itemsize - once)
+    flops, rate = 2.0 * depth * shape.rows * shape.cols, _our_rate(problem, machine, OURS_SMALL)
+    steps = 0 if shape.num_stages > 1 else math.ceil(max(M, N) / shape.depth)
+    grouped = Launch("both gradients", 1, once + problem.operands, of_dw + of_dx, again, flops, rate, steps)
+    return {"grouped": (grouped,), "library": tuple(_library(problem, machine, *s) for s in ((M, K, N), (N, K, M)))}

@@ -56,6 +56,12 @@ class Call:
         grouped = plans.linear_backward_plan(self.M, self.N, self.K, self.dtype, self.device) == "grouped"
         return "" if grouped else "alone, and the library's gradients are the plan"
 
+    def _rounds(self) -> bool:
+        """Whether our kernels read operands of another dtype as they are, and none is cast (ops.block)."""
+        if not self.casts or (self.save and not self.weight_gradient):
+            return False
+        return plans.rounds_operands(self.M, self.N, self.K, self.dtype, self.device, self.norm, self.save)
+
     def choices(self) -> dict[str, Choice]:
         """The plans that the rules choose among for it now: "forward", "sums" and "gradients" of a Linear."""
         if self.reason:
@@ -64,13 +70,13 @@ class Call:
         found: dict[str, Choice] = {}
         if K and not self.linear_alone:
             found["forward"] = plans.forward_choice(M, N, K, dtype, device, self.norm, self.save)
-        elif K and self.casts and plans.rounds_operands(M, N, K, dtype, device, "none", self.save):
+        elif K and self._rounds():
             found["forward"] = plans.forward_choice(M, N, K, dtype, device, "none", False)
         elif self.norm == "batch":
             found["forward"] = plans.statistics_choice(M, N, dtype.itemsize, device)
         if self.save and not self.linear_alone:
             found["sums"] = plans.statistics_choice(M, N, dtype.itemsize, device)
-        if self.save and self.weight_gradient and (self.input_gradient or self.bias_gradient or self.casts):
+        if self.weight_gradient and (self.input_gradient or self.bias_gradient or self._rounds()):
             found["gradients"] = plans.linear_backward_choice(M, N, K, dtype, device)
         return found
 
@@ -162,26 +168,39 @@ def _call_of(part: Run | nn.Module, input: Any, place: str) -> Call | None:
     weight, bias = (None, None) if linear is None else (linear.weight, linear.bias)
     dtype = functional._computation_dtype(input, weight)
     path = dispatch.path(input, dtype, *functional._features_and_tensors(input, weight, bias, norm))
-    if not path.eager and type(part[-1]) is not nn.Linear and functional._autocast_is_on(input):
-        if any(type(layer) is nn.Softplus for layer in part):
-            path = dispatch.Path("eager", "autocast runs Softplus in fp32")
+    if functional._autocast_is_on(input) and any(type(layer) is nn.Softplus for layer in part):
+        path = path if path.eager else dispatch.Path("eager", "autocast runs Softplus in fp32")
     mode = "none" if norm is None else "batch" if norm.training else "running"
     alone = linear is not None and mode == "none" and not any(_acts(layer) for layer in part[1:])
-    tensors = [input, weight, bias, *((norm.weight, norm.bias) if norm is not None else ())]
-    grads = torch.is_grad_enabled()
-    wanted = [grads and tensor is not None and tensor.requires_grad for tensor in tensors]
+    linear_tensors = [] if linear is None else [t for t in (input, weight, bias) if t is not None]
     call = Call(
-        place, layers, path.reason, path,
-        input.numel() // max(input.shape[-1], 1), input.shape[-1] if weight is None else weight.shape[0],
-        0 if weight is None else weight.shape[1], dtype, input.device, mode, any(wanted), alone,
-        any(tensor is not None and tensor.dtype != dtype for tensor in (weight, bias, input)[: 3 * bool(linear)]),
-        wanted[0], wanted[1], wanted[2] and alone,
-    )  # fmt: skip
+        place,
+        layers,
+        path.reason,
+        path,
+        M=input.numel() // max(input.shape[-1], 1),
+        N=input.shape[-1] if weight is None else weight.shape[0],
+        K=0 if weight is None else weight.shape[1],
+        dtype=dtype,
+        device=input.device,
+        norm=mode,
+        save=_wanted(input, weight, bias, *((norm.weight, norm.bias) if norm is not None else ())),
+        linear_alone=alone,
+        casts=any(tensor.dtype != dtype for tensor in linear_tensors),
+        input_gradient=_wanted(input),
+        weight_gradient=_wanted(weight),
+        bias_gradient=alone and _wanted(bias),
+    )
     if path.eager or len(part) == 1 or runs.fits(part, input):
         return call
     strided = type(part[0]) is nn.Linear or type(part[0]) is nn.BatchNorm1d
     reason = "BatchNorm1d of an input that is not 2-D" if strided else "its input is not contiguous"
     return replace(call, reason=reason)
+
+
+def _wanted(*tensors: Tensor | None) -> bool:
+    """Whether a gradient by one of them will be."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _acts(layer: nn.Module) -> bool:
@@ -203,9 +222,8 @@ def _unfused_reason(module: nn.Module) -> str | None:
         return f"a subclass of {base}, which may compute something else"
     if "forward" in module.__dict__:
         return "its forward is patched"
-    if any(getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")):
-        return "it has a hook"
-    if module._backward_pre_hooks:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks):
         return "it has a hook"
     if getattr(module, "inplace", False):
         return "in place, it changes the input of the run that it begins"

@@ -61,7 +61,7 @@ def load(machine: dict[str, str]) -> tuple[dict[Problem, Times], str]:
         return _parsed(path.read_text(encoding="utf-8"), machine), ""
     except FileNotFoundError:
         return {}, ""
-    except (OSError, ValueError) as error:  # JSON's and Unicode's errors are ValueErrors
+    except (OSError, ValueError, OverflowError, RecursionError) as error:  # JSON's and Unicode's are ValueErrors
         return {}, f"{path} is not taken: {error}"
 
 
