@@ -133,7 +133,10 @@ def _undisturbed(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[None]:
     devices = {tensor.device for tensor in tensors}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        for kind in {device.type for device in devices} - {"cpu", "meta"}:
+        kinds = {device.type for device in devices}
+        if "mps" in kinds:  # one device, whose functions take no index
+            stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+        for kind in kinds - {"cpu", "meta", "mps"}:
             of_kind = [device.index for device in devices if device.type == kind]
             stack.enter_context(torch.random.fork_rng(devices=of_kind, device_type=kind))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import takes seconds

@@ -202,6 +202,12 @@ def test_nothing_is_changed(make, training, grad):
     assert sequential.observer is None
 
 
+def test_inference_mode_is_the_callers():
+    with torch.inference_mode():
+        rows = rows_of(stack().eval(), torch.randn(64, 784))
+    assert (rows["0-3"].forward, rows["0-3"].backward) == ("epilogue", "")
+
+
 def test_nothing_is_changed_where_the_model_raises():
     model, x = stack(), torch.randn(64, 700)
     before = state_of(model)

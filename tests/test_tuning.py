@@ -1,5 +1,6 @@
 """fastnn.tune with a made-up clock: what it takes, keeps and leaves alone. No GPU has run the real one yet."""
 
+import itertools
 import json
 import os
 import warnings
@@ -108,6 +109,40 @@ def test_what_is_timed_is_each_plan_s_kernels(norm, itemsize, arithmetic, monkey
                 tuning.measure(problem, 11, CPU)
             assert launched == {name: KERNELS[rule, name] for name in plans.PLANS[rule]}
             launched.clear()
+
+
+def test_the_clock_takes_medians_of_calls_in_turns_each_after_l2_is_emptied(monkeypatch):
+    """By a device whose time is moved by what is enqueued; an event's distance is in milliseconds."""
+    now, log = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = now[0]
+
+        def elapsed_time(self, end):
+            return end.time - self.time
+
+    def enqueue(name, *milliseconds):
+        times = itertools.chain(milliseconds, itertools.repeat(milliseconds[-1]))
+
+        def call(*args):
+            log.append(name)
+            now[0] += next(times)
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", enqueue("sleep", 1.0), raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(dispatch, "machine", lambda device: dispatch.H100._replace(l2_bytes=64))
+    slow_at_first = [9.0] * (tuning.WARM_UPS + tuning.ROUNDS // 2)
+    calls = {"columns": enqueue("columns", *slow_at_first, 0.25), "split": enqueue("split", 0.5)}
+    assert tuning.clock(calls, CPU) == {"columns": 250.0, "split": 500.0}
+    warm_up = ["columns"] * tuning.WARM_UPS + ["split"] * tuning.WARM_UPS
+    assert log == warm_up + ["sleep", "columns", "sleep", "split"] * tuning.ROUNDS
 
 
 def test_the_kernels_run_by_the_measured_plan(gpu, clock, monkeypatch):
