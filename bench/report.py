@@ -5,7 +5,16 @@ from pathlib import Path
 
 from bench import results
 from bench.results import Row
-from bench.tables import OURS, case_of, counted_table, graphed_name, host_table, optimizer_table, training_table
+from bench.tables import (
+    OURS,
+    case_of,
+    counted_table,
+    graphed_name,
+    host_table,
+    optimizer_table,
+    plan_table,
+    training_table,
+)
 
 BEGIN, END = "<!-- results: written by python -m bench -->", "<!-- /results -->"
 FEATURES = {
@@ -39,7 +48,8 @@ def section(machine: Row, rows: list[Row], figures: dict[str, str]) -> list[str]
     counts = [*counted_table(machine, rows), *host_table(machine, rows)]
     images = [line for title, address in figures.items() for line in (f"![{title}]({address})", "")]
     counts = folded("Counted, and timed on the host", counts) if timings else counts
-    return [f"**{machine['device']}**", "", *timings, *counts, *folded("Figures", images)]
+    plans = folded("Plans, and what the cost model gives for them", plan_table(machine, rows))
+    return [f"**{machine['device']}**", "", *timings, *counts, *plans, *folded("Figures", images)]
 
 
 def folded(summary: str, lines: list[str]) -> list[str]:
@@ -62,6 +72,7 @@ def regressions(old: Run, new: Run) -> list[str]:
       two medians, which is at least 2.1 of their difference's
     - a counted row of ours: by anything, it is exact
     - a host row's ratio to a baseline: by more than a quarter
+    - a plan's regret, on the same device: by more than 5 %
     - a row that vanished, a baseline's too: timed ones only if the device is the same
 
     A baseline that is slower than before is not ours to answer for.
@@ -71,7 +82,7 @@ def regressions(old: Run, new: Run) -> list[str]:
     now = {results.key(row): row for row in new_rows}
     found = []
     for row in old_rows:
-        if row["kind"] == "timed" and not same_device:
+        if row["kind"] in ("timed", "plan") and not same_device:
             continue
         if results.key(row) not in now:
             found.append(f"{in_words(row)}: vanished")
@@ -81,6 +92,8 @@ def regressions(old: Run, new: Run) -> list[str]:
 
 
 def in_words(row: Row) -> str:
+    if row["kind"] == "plan":
+        return f"plan of {row['what']}, {case_of(row)}, {row['shape']}, {row['dtype']}"
     if row["kind"] != "timed":
         return f"{row['figure']}, {row['case']}, {row['implementation']}"
     optimizer = [row["optimizer"]] if row["feature"] == "optimizer" else []
@@ -112,4 +125,10 @@ def worse_ratio(old: Row, new: Row) -> Iterator[str]:
             yield f"{baseline}'s time over ours {before:.2f} -> {after:.2f}"
 
 
-COMPARE = {"timed": slower, "counted": worse_count, "host": worse_ratio}
+def worse_plan(old: Row, new: Row) -> Iterator[str]:
+    """Of two rows that were timed; another plan by the model alone is no worse for that."""
+    if new.get("regret", 1) / old.get("regret", new.get("regret", 1)) > SLOWER:
+        yield f"{old['plan']}, {old['regret']:.2f} times the fastest -> {new['plan']}, {new['regret']:.2f} times"
+
+
+COMPARE = {"timed": slower, "counted": worse_count, "host": worse_ratio, "plan": worse_plan}

@@ -6,6 +6,8 @@ Every row has "kind", which says what kind of statement it is:
 
 - "timed": on a GPU; "median_us" of "feature" in "phase" for a "workload", "dtype" and "implementation"
 - "counted": exact on any machine; "value" in "unit" of a "figure" for a "case" and "implementation"
+- "plan": which plan "what" of a "workload", "batch", "shape" and "dtype" takes, with the cost model's inputs for each
+  of "candidates"; on a GPU "measured_us" of each, and "regret", the choice's time over the fastest's
 - "host": wall-clock of the host alone, its launches only counted; means something as a ratio to its baselines only
 
 A row of ours has "ratios": for each baseline of the same run, its time over ours.
@@ -32,6 +34,7 @@ NO_GPU = "no GPU"
 KEYS = {
     "timed": ("feature", "phase", "optimizer", "workload", "batch", "dtype", "graphed", "implementation"),
     "counted": ("figure", "case", "implementation"),
+    "plan": ("what", "workload", "batch", "shape", "dtype", "implementation"),
     "host": ("figure", "case", "implementation"),
 }
 

@@ -227,3 +227,24 @@ def host_table(machine: Row, rows: list[Row]) -> list[str]:
     ]
     header = ["times as fast as torch, on the host alone", *baselines]
     return table(header, body, provenance(machine, host=True))
+
+
+def plan_table(machine: Row, rows: list[Row]) -> list[str]:
+    """A line for each block and a column for each dtype: forward, sums and gradients, with the model's microseconds."""
+    chosen = [row for row in rows if row["kind"] == "plan"]
+    if not chosen:
+        return []
+    cells: dict[str, dict[str, list[str]]] = {}
+    for row in chosen:
+        time = row["candidates"][row["plan"]]["model_us"]
+        of = cells.setdefault(f"{case_of(row)}, {row['shape']}", {}).setdefault(row["dtype"], [])
+        of.append(f"{row['plan']} {time:,.1f}" + (f" (regret {row['regret']:.2f})" if "regret" in row else ""))
+    dtypes = [dtype for dtype in DTYPES if any(dtype in of for of in cells.values())]
+    body = [[case, *(", ".join(of.get(dtype, [NOTHING])) for dtype in dtypes)] for case, of in cells.items()]
+    lead = "A block's forward, sums over rows in its backward, and its Linear's gradients; µs by the cost model"
+    regrets = [row["regret"] for row in chosen if "regret" in row]
+    if regrets:
+        mean = f"{geometric_mean(regrets):.3f} (worst {max(regrets):.2f})"
+        lead += f"; regret, the plan's measured time over the fastest's: geometric mean {mean}"
+    header = ["workload (batch), K x N", *(DTYPES[dtype] for dtype in dtypes)]
+    return [f"{lead}:", "", *table(header, body, provenance(machine))]

@@ -25,21 +25,17 @@ MAX_FEATURES = 1 << 20  # a tile's offsets are 32-bit: rows of a tile (<= 1024) 
 
 
 class Machine(NamedTuple):
-    """What the plans depend on; l2_bytes is the size of the L2 cache."""
+    """What the plans depend on; l2_bytes is the size of the L2 cache. What was measured on a device has its name."""
 
     multiprocessors: int
     l2_bytes: int
     capability: tuple[int, int]
+    name: str = ""
 
     @property
     def copies_tiles(self) -> bool:
         """Whether a tensor memory accelerator does, for two programs of 96 KiB each, which 12.x cannot hold."""
         return self.capability[0] in (9, 10)
-
-    @property
-    def splits_pay(self) -> bool:
-        """Whether six bf16 products cost less than one of fp32: they are 15 times as fast here, 2 to 4 elsewhere."""
-        return self.copies_tiles or self.capability == (8, 0)
 
 
 H100 = Machine(132, 50 << 20, (9, 0))  # whose plans and tiles the interpreter takes
@@ -78,7 +74,7 @@ def machine(device: torch.device) -> Machine:
         return H100
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
-    return Machine(properties.multi_processor_count, properties.L2_cache_size, capability)
+    return Machine(properties.multi_processor_count, properties.L2_cache_size, capability, properties.name)
 
 
 def device_path(device: torch.device) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import plans, recipes, reference
 from .dispatch import launch
-from .problems import Problem, saved_elements, stats_of
+from .specs import BlockSpec, saved_elements, stats_of
 
 _library = torch.library.Library("fastnn", "DEF")
 _library.define(
@@ -39,9 +39,9 @@ def is_observed() -> bool:
 def _block_forward(*arguments):
     *tensors, seed, dtype = arguments[:10]
     *settings, save = arguments[10:]
-    problem = Problem.of(tensors, dtype, launch.Settings(*settings), seed)
-    out, saved = recipes.forward(problem, save)(*tensors, seed)
-    if problem.settings.norm == "batch":
+    spec = BlockSpec.of(tensors, dtype, launch.Settings(*settings), seed)
+    out, saved = recipes.forward(spec, save)(*tensors, seed)
+    if spec.settings.norm == "batch":
         count_changes(tensors)
     return out, saved if save else out.new_empty(0)
 
@@ -67,8 +67,8 @@ def _block_backward(
 ):
     """Gradients by input, weight, bias, gamma and beta; an empty tensor where there is or needs to be none."""
     settings = launch.Settings(norm, activation=activation, a=a, b=b, p=p)
-    problem = Problem.of((input, weight, bias, gamma, beta, None, None, None), dtype, settings, seed)
-    found = recipes.backward(problem, tuple(needs_linear))(grad, input, weight, bias, gamma, beta, saved, seed)
+    spec = BlockSpec.of((input, weight, bias, gamma, beta, None, None, None), dtype, settings, seed)
+    found = recipes.backward(spec, tuple(needs_linear))(grad, input, weight, bias, gamma, beta, saved, seed)
     return tuple(input.new_empty(0) if d is None else d for d in found)  # outputs of an op may not share memory
 
 
@@ -184,10 +184,10 @@ def settle(tensors: Tensors, dtype: torch.dtype, settings: Any) -> Call:
         casts = not (rounds and plans.rounds_operands(M, N, K, dtype, input.device, norm, save))
     if is_observed():
         return Call(dtype, settings, casts, save, None)
-    problem = Problem.of(tensors, dtype, settings, None)
+    spec = BlockSpec.of(tensors, dtype, settings, None)
     if casts:
-        problem = problem._replace(dtypes=(dtype, dtype, None if tensors[2] is None else dtype, *problem.dtypes[3:]))
-    return Call(dtype, settings, casts, save, recipes.forward(problem, save))
+        spec = spec._replace(dtypes=(dtype, dtype, None if tensors[2] is None else dtype, *spec.dtypes[3:]))
+    return Call(dtype, settings, casts, save, recipes.forward(spec, save))
 
 
 def run(call: Call, tensors: tuple[Any, ...], seed: Tensor | None) -> Tensor:
@@ -200,8 +200,8 @@ def run(call: Call, tensors: tuple[Any, ...], seed: Tensor | None) -> Tensor:
         if call.save:
             return Block.apply(input, weight, bias, gamma, beta, (*buffers, seed), call)
         return torch.ops.fastnn.block_forward(*tensors, seed, call.dtype, *call.settings, False)[0]
-    if seed is not None and seed.is_cpu == recipe.problem.seed_on_device:
-        recipe = recipes.forward(recipe.problem._replace(seed_on_device=not seed.is_cpu), call.save)
+    if seed is not None and seed.is_cpu == recipe.spec.seed_on_device:
+        recipe = recipes.forward(recipe.spec._replace(seed_on_device=not seed.is_cpu), call.save)
         call = call._replace(recipe=recipe)
     if call.save:
         out = _apply(input, weight, bias, gamma, beta, (*buffers, seed), call)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import memory, plans
 from .dispatch import launch, tiles
-from .problems import Problem, saved_elements, stats_of
+from .specs import BlockSpec, saved_elements, stats_of
 
 _KEPT = 4096  # recipes of each direction, the least used forgotten first
 
@@ -24,28 +24,28 @@ def seed_arguments(seed: Tensor | None) -> tuple[Tensor | None, Any]:
 
 
 class _Recipe:
-    """The launches of a problem in one direction, and the memory they take."""
+    """The launches of a spec in one direction, and the memory they take."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem, self.settings, self.values = problem, problem.settings, problem.values
-        self.linear, self.has_stats = problem.K > 0, problem.settings.norm != "none"
+    def __init__(self, spec: BlockSpec) -> None:
+        self.spec, self.settings, self.values = spec, spec.settings, spec.values
+        self.linear, self.has_stats = spec.K > 0, spec.settings.norm != "none"
         self.launches: list[Any] = []
         self.compiled = False  # all of them, so that they may be launched by address
         self.partials: int | None = None  # fp32, what one launch leaves to the next
         self.descriptors: Any = None  # tiles of a product whose operands are copied by them
-        self.shape, self.strides = (problem.M, problem.N), (problem.N, 1)
-        self.empty, self.dtype = memory.allocator(problem.device), problem.dtype
-        self.index = problem.device.index if problem.device.type == "cuda" else None
+        self.shape, self.strides = (spec.M, spec.N), (spec.N, 1)
+        self.empty, self.dtype = memory.allocator(spec.device), spec.dtype
+        self.index = spec.device.index if spec.device.type == "cuda" else None
 
     def _keep_z(self, keeps: bool) -> None:
         self.keeps_z = keeps
-        found = saved_elements(*self.shape, self.problem.dtype, self.settings, keeps)
+        found = saved_elements(*self.shape, self.spec.dtype, self.settings, keeps)
         self.z_begin, self.elements = found
-        self.z_address = self.z_begin * self.problem.dtype.itemsize
+        self.z_address = self.z_begin * self.spec.dtype.itemsize
 
     def _statistics_plan(self) -> tuple[str, Any]:
         """Plan and tiles of kernels that walk z, with sums over its rows."""
-        p, itemsize = self.problem, self.problem.dtype.itemsize
+        p, itemsize = self.spec, self.spec.dtype.itemsize
         plan = plans.statistics_plan(p.M, p.N, itemsize, p.device)
         rule = tiles.columns_tiles if plan == "columns" else tiles.split_tiles
         return plan, rule(p.M, p.N, itemsize, p.multiprocessors)
@@ -82,7 +82,7 @@ class _Recipe:
                 tensors[place] = tensors[place].contiguous()
         aligned = not functools.reduce(operator.or_, [t.data_ptr() for t in tensors if t is not None]) % 16
         z = self._z_of(saved) if self.keeps_z else None if self.linear else tensors[operands]
-        stats = stats_of(saved, self.problem.N) if self.has_stats else None
+        stats = stats_of(saved, self.spec.N) if self.has_stats else None
         if self.descriptors is not None:
             x, weight = (t if t.data_ptr() % 16 == 0 else t.clone() for t in tensors[operands : operands + 2])
             tensors[operands : operands + 2] = launch.descriptors(x, weight, self.descriptors)
@@ -93,8 +93,8 @@ class _Recipe:
 class Forward(_Recipe):
     """(out, saved) of a block; saved is scratch where no backward follows."""
 
-    def __init__(self, problem: Problem, save: bool) -> None:
-        super().__init__(problem)
+    def __init__(self, spec: BlockSpec, save: bool) -> None:
+        super().__init__(spec)
         alone, linear = self.settings.is_linear_alone, self.linear
         self.backwards: dict[tuple[bool, bool, bool], Backward] = {}
         self.library = linear and not self._takes_our_product(save and not alone)
@@ -107,11 +107,11 @@ class Forward(_Recipe):
         """needs_linear: which of the gradients by input, weight and bias are asked for."""
         found = self.backwards.get(needs_linear)
         if found is None:
-            found = self.backwards[needs_linear] = backward(self.problem, needs_linear)
+            found = self.backwards[needs_linear] = backward(self.spec, needs_linear)
         return found
 
     def _takes_our_product(self, save: bool) -> bool:
-        p, norm = self.problem, self.settings.norm
+        p, norm = self.spec, self.settings.norm
         M, N, K, dtype = p.M, p.N, p.K, p.dtype
         plan = plans.forward_plan(M, N, K, dtype, p.device, norm, save)
         if plan not in ("whole_batch", "epilogue") or (self.settings.is_linear_alone and p.computes_as_stored):
@@ -138,7 +138,7 @@ class Forward(_Recipe):
         if self.settings.norm != "batch":
             plan = "apply"
         elif plan == "split":
-            self.partials = shape.chunks * 3 * self.problem.N
+            self.partials = shape.chunks * 3 * self.spec.N
         self.launches = getattr(launch, "forward_" + plan)(self.values, shape)
 
     def __call__(
@@ -168,26 +168,26 @@ class Forward(_Recipe):
 class Backward(_Recipe):
     """Gradients by input, weight, bias, gamma and beta: None where there are none, or none are needed."""
 
-    def __init__(self, problem: Problem, needs_linear: tuple[bool, bool, bool]) -> None:
-        super().__init__(problem)
+    def __init__(self, spec: BlockSpec, needs_linear: tuple[bool, bool, bool]) -> None:
+        super().__init__(spec)
         self.needs_input, self.needs_weight, self.needs_bias = needs_linear
         self.alone = self.linear and self.settings.is_linear_alone
         if not self.alone:
             plan, shape = self._statistics_plan()
             self.launches = getattr(launch, "backward_" + plan)(self.values, shape)
-            self.partials = shape.chunks * 2 * problem.N if plan == "split" else None
-        M, N, K = problem.M, problem.N, problem.K
+            self.partials = shape.chunks * 2 * spec.N if plan == "split" else None
+        M, N, K = spec.M, spec.N, spec.K
         self.columns, self.input_shape, self.weight_shape, self.input_strides = (N,), (M, K), (N, K), (K, 1)
         self.grouped = self.linear and self._groups_products()
         self.makes_dx, self.makes_dweight = self.linear and self.needs_input, self.linear and self.needs_weight
-        self.makes_dbias = self.needs_bias and problem.dtypes[2] is not None and (self.grouped or not self.alone)
+        self.makes_dbias = self.needs_bias and spec.dtypes[2] is not None and (self.grouped or not self.alone)
         if self.grouped:
-            shape, precision = tiles.linear_backward_tiles(problem.widest), plans.product_precision(problem.dtype)
+            shape, precision = tiles.linear_backward_tiles(spec.widest), plans.product_precision(spec.dtype)
             self.launches += launch.backward_linear(self.values, shape, precision, self.needs_input)
         self._keep_z(self.linear and not self.alone)
 
     def _groups_products(self) -> bool:
-        p = self.problem
+        p = self.spec
         several = self.needs_input or (self.needs_bias and self.alone) or not p.computes_as_stored
         plan = plans.linear_backward_plan(p.M, p.N, p.K, p.dtype, p.device)
         return self.needs_weight and several and plan == "grouped"
@@ -201,7 +201,7 @@ class Backward(_Recipe):
                 return self(grad, input, weight, bias, gamma, beta, saved, seed)
         grad = grad.contiguous()
         dz = grad if self.alone else self.empty(self.shape, self.strides, self.dtype)
-        dtypes: tuple[Any, ...] = self.problem.dtypes
+        dtypes: tuple[Any, ...] = self.spec.dtypes
         dgamma = None if gamma is None else self.empty(self.columns, (1,), dtypes[3])
         dbeta = None if beta is None else self.empty(self.columns, (1,), dtypes[4])
         dbias = self.empty(self.columns, (1,), dtypes[2]) if self.makes_dbias else None
@@ -228,20 +228,20 @@ class Backward(_Recipe):
 
 
 @functools.lru_cache(_KEPT)
-def _forward(problem: Problem, save: bool, precision: str, generation: int) -> Forward:
-    return Forward(problem, save)
+def _forward(spec: BlockSpec, save: bool, state: tuple) -> Forward:
+    return Forward(spec, save)
 
 
 @functools.lru_cache(_KEPT)
-def _backward(problem: Problem, needs_linear: tuple[bool, bool, bool], precision: str, generation: int) -> Backward:
-    return Backward(problem, needs_linear)
+def _backward(spec: BlockSpec, needs_linear: tuple[bool, bool, bool], state: tuple) -> Backward:
+    return Backward(spec, needs_linear)
 
 
-def forward(problem: Problem, save: bool) -> Forward:
+def forward(spec: BlockSpec, save: bool) -> Forward:
     """save: whether a backward follows."""
-    return _forward(problem, save, plans.product_precision(problem.dtype), plans.generation)
+    return _forward(spec, save, plans.state(spec.device))
 
 
-def backward(problem: Problem, needs_linear: tuple[bool, bool, bool]) -> Backward:
+def backward(spec: BlockSpec, needs_linear: tuple[bool, bool, bool]) -> Backward:
     """needs_linear: which of the gradients by input, weight and bias are asked for."""
-    return _backward(problem, needs_linear, plans.product_precision(problem.dtype), plans.generation)
+    return _backward(spec, needs_linear, plans.state(spec.device))

@@ -19,14 +19,19 @@ LAYERS = {
     "reference": {"activations"},
     "seeds": set(),
     "dispatch": {"kernels"},
-    "plans": {"dispatch", "kernels"},
-    "problems": {"dispatch", "kernels"},
-    "recipes": {"problems", "plans", "dispatch", "kernels", "memory"},
-    "ops": {"recipes", "problems", "plans", "dispatch", "reference", "kernels"},
+    "costs": {"dispatch", "kernels"},
+    "plans": {"costs", "dispatch", "kernels"},
+    "specs": {"dispatch", "kernels"},
+    "recipes": {"specs", "plans", "dispatch", "kernels", "memory"},
+    "ops": {"recipes", "specs", "plans", "dispatch", "reference", "kernels"},
     "functional": {"ops", "memory", "seeds", "plans", "dispatch", "reference", "activations"},
     "runs": {"functional", "activations", "reference"},
     "memory": set(),
     "nn": {"runs", "functional", "dispatch", "kernels", "memory"},  # the last three for nn.utils
+    "observation": {"nn", "runs", "functional", "plans", "dispatch"},
+    "explanation": {"observation", "plans", "costs", "dispatch"},
+    "plan_table": {"plans", "dispatch"},
+    "tuning": {"explanation", "observation", "plan_table", "functional", "plans", "costs", "dispatch"},
     "optim": {"dispatch", "kernels", "memory"},
 }
 SOURCES = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.blocks import PLANS, Block
 
-from fastnn import dispatch, memory, plans, recipes
+from fastnn import dispatch, memory, plans, recipes, specs
 from fastnn.kernels import launch
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -114,24 +114,24 @@ def test_operands_at_odd_addresses_or_transposed_give_the_same_numbers(name, pla
                 torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5, msg=key)
 
 
-def problem(K=40, dtype=torch.bfloat16, operand=torch.bfloat16):
+def spec_of(K=40, dtype=torch.bfloat16, operand=torch.bfloat16):
     x, weight = torch.empty(32, K, dtype=operand), torch.empty(24, K, dtype=operand)
     tensors = (x, weight, *[None] * 6)
-    return recipes.Problem.of(tensors, dtype, launch.Settings(), None)
+    return specs.BlockSpec.of(tensors, dtype, launch.Settings(), None)
 
 
 def test_descriptors_copy_rows_of_16_byte_multiples_that_need_no_cast(monkeypatch):
-    assert problem().copies_tiles
-    assert not problem(K=36).copies_tiles
-    assert not problem(operand=torch.float32).copies_tiles
+    assert spec_of().copies_tiles
+    assert not spec_of(K=36).copies_tiles
+    assert not spec_of(operand=torch.float32).copies_tiles
     monkeypatch.setattr(dispatch, "machine", lambda device: dispatch.Machine(108, 40 << 20, (8, 0)))
-    assert not problem().copies_tiles
+    assert not spec_of().copies_tiles
 
 
 def test_a_recipe_is_made_once_for_a_problem_and_state():
-    first = recipes.forward(problem(), True)
-    assert recipes.forward(problem(), True) is first
-    assert recipes.forward(problem(), False) is not first
-    assert recipes.forward(problem(K=48), True) is not first
+    first = recipes.forward(spec_of(), True)
+    assert recipes.forward(spec_of(), True) is first
+    assert recipes.forward(spec_of(), False) is not first
+    assert recipes.forward(spec_of(K=48), True) is not first
     with plans.forced_plan("apply"):
-        assert recipes.forward(problem(), True) is not first
+        assert recipes.forward(spec_of(), True) is not first

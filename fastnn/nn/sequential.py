@@ -1,6 +1,7 @@
 """Sequential: torch.nn.Sequential whose forward runs each fusible run of its layers as one op."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import runs
+
+observer: Callable[["Sequential", Any, Any], None] | None = None  # told of each part of a forward and its input
 
 
 class Sequential(nn.Sequential):
@@ -33,6 +36,8 @@ class Sequential(nn.Sequential):
         if not isinstance(input, Tensor) or _is_observed():
             return super().forward(input)
         for part in runs.split(self):
+            if observer is not None:
+                observer(self, part, input)
             if not isinstance(part, tuple):
                 input = part(input)
             elif runs.fits(part, input):

@@ -1,7 +1,7 @@
 """What is worse or gone between two hand-made runs is named; noise, improvements and new rows are not."""
 
 import pytest
-from support.made_up_results import counted, host, machine, timed
+from support.made_up_results import counted, host, machine, plan, timed
 
 from bench import report
 
@@ -10,6 +10,7 @@ OLD = machine(commit="1111111"), [
     counted("accesses", "columns", 8), counted("accesses", "columns", 21, "eager"),
     counted("wide", "columns", 100, better="higher"),
     host(60, "fused", 100.0), host(60, "fastnn", 10.0, ratios={"fused": 10.0}),
+    plan("moco", regret=1.1),
 ]  # fmt: skip
 
 
@@ -29,6 +30,10 @@ def without(position: int) -> report.Run:
         (changed(2, value=9), ["accesses", "columns", "8 -> 9"]),
         (changed(4, value=99), ["wide", "columns", "100 -> 99"]),
         (changed(6, ratios={"fused": 7.9}), ["Adam, 60 tensors", "fused", "10.00", "7.90"]),
+        (
+            changed(7, plan="columns", regret=1.2),
+            ["forward, moco (64), 784 x 100, bf16", "1.10", "columns, 1.20"],
+        ),
         *[(without(i), ["vanished"]) for i in range(len(OLD[1]))],
     ],
 )
@@ -51,6 +56,8 @@ def test_what_is_worse_or_gone_is_named_with_both_commits(new, words):
         changed(4, value=101),
         changed(6, ratios={"fused": 8.1}),
         changed(6, ratios={"fused": 30.0}),
+        changed(7, plan="columns", regret=1.0),
+        changed(7, regret=1.15),
         (OLD[0], [*OLD[1], timed("fastnn", 99.0, graphed=True), counted("new", "figure", 5)]),
     ],
 )

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from support import made_up_results as made_up
-from support.made_up_results import counted, host, machine, timed
+from support.made_up_results import counted, host, machine, plan, timed
 
 from bench import report, results, tables
 from bench.__main__ import main
@@ -140,6 +140,21 @@ def test_many_cases_with_eagers_beside_are_one_row_of_the_mean_ratio_and_the_wor
     assert cells(tables.counted_table(machine(), rows)) == {label: numbers}
 
 
+def test_plans_are_a_line_for_each_block_with_regret_where_they_were_timed():
+    rows = [plan("moco"), plan("moco", what="sums", plan="columns"), plan("moco", dtype="fp32"), plan("gin", batch=500)]
+    lines = tables.plan_table(machine(), rows)
+    forward, both = "whole_batch 2.0", "whole_batch 2.0, columns 4.0"
+    assert cells(lines) == {
+        "moco (64), 784 x 100": {"fp32": forward, "bf16": both},
+        "gin (500), 784 x 100": {"fp32": "-", "bf16": forward},
+    }
+    assert "regret" not in lines[0]
+    lines = tables.plan_table(machine(), [plan("moco", regret=1.0), plan("gin", regret=1.21)])
+    assert cells(lines)["gin (64), 784 x 100"] == {"bf16": "whole_batch 2.0 (regret 1.21)"}
+    assert "geometric mean 1.100 (worst 1.21)" in lines[0]
+    assert tables.plan_table(machine(), [counted("accesses", "a", 8)]) == []
+
+
 def test_host_rows_are_ratios_without_a_microsecond():
     rows = [host(60, "fused", 987.0), host(60, "fastnn", 123.0, ratios={"fused": 987 / 123, "foreach": 0.5})]
     lines = tables.host_table(machine(), rows)
@@ -152,7 +167,7 @@ def test_host_rows_are_ratios_without_a_microsecond():
 def test_every_table_says_below_it_where_its_numbers_are_from():
     lines = report.section(*made_up.with_gpu(), {})
     ends = [i for i, line in enumerate(lines) if line.startswith("|") and not lines[i + 1].startswith("|")]
-    assert len(ends) == 4
+    assert len(ends) == 5
     for i in ends:
         assert lines[i + 1] == ""
         versions = "torch 2.13.0, Triton 3.9.0, Python 3.12.1, 2001-02-03, commit 0123abc: pytest bench"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.optimizers import HAS_FUSED, SEVEN
 
-from bench import bench_block, bench_clipping, bench_mlp, bench_optimizers, measure, results, roofline
+from bench import bench_block, bench_clipping, bench_mlp, bench_optimizers, bench_plans, measure, results, roofline
 from bench.workloads import PARAMETERS, WORKLOADS
 from fastnn import plans
 
@@ -106,3 +106,34 @@ def test_the_model_gives_no_baseline_less_work_than_ours():
         }
         times = {name: roofline.floor(kernels, 4e12, 8e14, 2e-6) for name, kernels in models.items()}
         assert times["eager"] > times["compile"] >= times["fastnn"], (name, batch, dtype)
+
+
+@pytest.mark.parametrize("dtype", roofline.ITEMSIZE)
+def test_each_block_has_a_row_for_what_is_chosen_with_the_models_inputs(dtype, monkeypatch):
+    """Counted: without a GPU, and in no rehearsal."""
+    monkeypatch.setattr(bench_plans.gpu, "REHEARSAL", False)
+    with bench_plans.gpu.precision(dtype):
+        rows = [row for workload in WORKLOADS.values() for row in bench_plans.rows_of(workload, dtype)]
+    blocks = sum(len(set(workload.blocks)) * len(workload.batches) for workload in WORKLOADS.values())
+    assert len({results.key(row) for row in rows}) == len(rows) == 3 * blocks
+    for row in rows:
+        best = min(us["model_us"] for name, us in row["candidates"].items() if name not in row["untrusted"])
+        assert row["candidates"][row["plan"]]["model_us"] == best
+        assert "regret" not in row
+    (tall,) = (row for row in rows if (row["workload"], row["what"]) == ("pointnet", "sums"))
+    size = 131_072 * 1024 * roofline.ITEMSIZE[dtype]
+    split = {"launches": 4, "bytes": 8 * size, "l2_bytes": 0, "flops": 0}
+    assert {name: tall["candidates"]["split"][name] for name in split} == split
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_rehearsal_times_every_candidate(dtype, monkeypatch):
+    monkeypatch.setattr(bench_plans.gpu, "REHEARSAL", True)
+    with bench_plans.gpu.precision(dtype):
+        rows = list(bench_plans.rows_of(WORKLOADS["notes-mlp"], dtype))
+    assert rows
+    for row in rows:
+        assert row["measured_us"].keys() == row["candidates"].keys()
+        assert row["regret"] == pytest.approx(
+            row["measured_us"][row["plan"]] / min(row["measured_us"].values()), abs=1e-3
+        )

@@ -43,6 +43,21 @@ def host(tensors: int, implementation: str, best_us: float, **changed: Any) -> R
     return {"kind": "host", **row, "best_us": best_us} | changed
 
 
+def plan(workload: str, **changed: Any) -> Row:
+    """The forward's of one block, unless changed."""
+    row = {"workload": workload, "batch": 64, "shape": "784 x 100", "dtype": "bf16", "implementation": "fastnn"}
+    candidates = {
+        name: {"launches": 1 + i, "model_us": 2.0 + 2 * i} for i, name in enumerate(("whole_batch", "columns"))
+    }
+    return {"kind": "plan", "what": "forward", **row, "plan": "whole_batch", "candidates": candidates} | changed
+
+
+def plans() -> Iterator[Row]:
+    for name, dtype in product(WORKLOADS, ("fp32", "tf32", "bf16")):
+        yield plan(name, dtype=dtype)
+        yield plan(name, dtype=dtype, what="sums", plan="columns")
+
+
 def training_steps() -> Iterator[Row]:
     sizes = [(workload.name, batch) for workload in WORKLOADS.values() for batch in workload.batches]
     for i, ((name, batch), dtype, graphed) in enumerate(product(sizes, ("fp32", "tf32", "bf16"), (False, True))):
@@ -117,8 +132,8 @@ def host_rows() -> Iterator[Row]:
 
 
 def with_gpu() -> Run:
-    return machine(), [*training_steps(), *optimizer_steps(), *counted_rows(), *host_rows()]
+    return machine(), [*training_steps(), *optimizer_steps(), *counted_rows(), *plans(), *host_rows()]
 
 
 def without_gpu() -> Run:
-    return machine(device="no GPU"), [*counted_rows(), *host_rows()]
+    return machine(device="no GPU"), [*counted_rows(), *plans(), *host_rows()]

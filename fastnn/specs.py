@@ -10,7 +10,7 @@ from . import dispatch
 from .dispatch import tiles
 
 
-class Problem(NamedTuple):
+class BlockSpec(NamedTuple):
     """All that decides how a block runs; K is 0 without a Linear.
 
     dtypes: of its tensors (input, weight, bias, gamma, beta and the three buffers), None for those there are not.
@@ -26,7 +26,9 @@ class Problem(NamedTuple):
     seed_on_device: bool
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor | None], dtype: torch.dtype, settings: Any, seed: Tensor | None) -> "Problem":
+    def of(
+        cls, tensors: Sequence[Tensor | None], dtype: torch.dtype, settings: Any, seed: Tensor | None
+    ) -> "BlockSpec":
         """tensors: input (M, K), weight, bias, gamma, beta, running_mean, running_var, num_batches_tracked."""
         input, weight = tensors[:2]
         assert input is not None
