@@ -168,7 +168,7 @@ class Call(NamedTuple):
     settings: Any  # launch.Settings
     casts: bool  # the Linear's operands to dtype, before anything else
     save: bool  # for a backward
-    recipe: recipes.Forward | None  # None where the op is to be seen
+    recipe: recipes.Forward | None  # None where the op is to be seen, or stood for by its fake
 
 
 def settle(tensors: Tensors, dtype: torch.dtype, settings: Any) -> Call:
@@ -182,7 +182,7 @@ def settle(tensors: Tensors, dtype: torch.dtype, settings: Any) -> Call:
         rounds = weight.requires_grad or not save
         M, (N, K), norm = input.shape[0], weight.shape, settings.norm
         casts = not (rounds and plans.rounds_operands(M, N, K, dtype, input.device, norm, save))
-    if is_observed():
+    if is_observed() or input.is_meta:
         return Call(dtype, settings, casts, save, None)
     spec = BlockSpec.of(tensors, dtype, settings, None)
     if casts:

@@ -133,13 +133,11 @@ def test_every_plan_costs_something_finite_and_no_less_than_its_launches(shape, 
 
 @settings(deadline=None)
 @given(problems, st.sampled_from(MACHINES))
-def test_more_rows_move_no_fewer_bytes_and_cost_the_library_no_less(shape, machine):
-    """Of ours they may take less time: more programs draw more bandwidth."""
+def test_more_rows_move_more_bytes(shape, machine):
+    """They may take less time: more programs draw more bandwidth."""
     less, more = (costs.candidates(s, machine) for s in (shape, shape._replace(M=2 * shape.M)))
     for name in set(less) & set(more):
         assert sum(launch.dram for launch in less[name]) < sum(launch.dram for launch in more[name])
-    if "library" in less:
-        assert seconds(less["library"], machine) <= seconds(more["library"], machine)
 
 
 @settings(deadline=None)
