@@ -98,7 +98,6 @@ class Forward(_Recipe):
         alone, linear = self.settings.is_linear_alone, self.linear
         self.backwards: dict[tuple[bool, bool, bool], Backward] = {}
         self.library = linear and not self._takes_our_product(save and not alone)
-        self.is_library_alone = self.library and alone
         if not linear or (self.library and not alone):
             self._walk_z()
         self._keep_z(linear and not alone and (save or self.library or self.partials is not None))
