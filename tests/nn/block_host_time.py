@@ -1,4 +1,4 @@
-"""What a block costs on the host against eager's layers; prints JSON. Run by test_host.py."""
+"""What a block costs on the host against eager's layers; prints JSON. Run by test_block_host.py."""
 
 import json
 import sys
