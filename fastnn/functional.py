@@ -54,31 +54,43 @@ def linear_batch_norm_act_dropout(
         ValueError: p outside [0, 1]; one row where batch statistics are taken; more than 2-D before
             BatchNorm; an unknown activation.
     """
-    p = p if training else 0.0
+    p, (a, b) = float(p) if training else 0.0, map(float, activation_args)  # settled as numbers: tensors may change
     norm = _NO_NORM if batch_norm is None else batch_norm
+    if type(norm.eps) is not float or not (norm.momentum is None or type(norm.momentum) is float):
+        momentum = None if norm.momentum is None else float(norm.momentum)
+        norm = batch_norm = norm._replace(momentum=momentum, eps=float(norm.eps))
     tensors = ops.tensors_of(input, weight, bias, norm)
-    there = [tensor for tensor in tensors if tensor is not None]
-    key = None
-    if not ops.is_observed():
-        # What decides beside the form of the tensors, to which modes and transforms around the call belong.
-        key = (
-            len(there), input.shape, None if weight is None else weight.shape, bias is None, norm.weight is None,
-            norm.bias is None, norm.running_mean is None, norm.num_batches_tracked is None, batch_norm is None,
-            norm.training, norm.momentum, norm.eps, activation, *activation_args, p, plans.state(input.device),
-            torch.is_grad_enabled(), forward_ad._current_level,
-        )  # fmt: skip
-    call = _find(key, there)
-    if call is _UNSETTLED:
-        _check(input, weight, bias, batch_norm, activation, p)
-        call = _settle(tensors, batch_norm, activation, activation_args, float(p))
-        _keep(key, there, call)
+    call = _call_of(tensors, batch_norm, norm, activation, a, b, p)
     if call is None:
-        return reference.block(input, weight, bias, batch_norm, activation, *activation_args, float(p))
+        return reference.block(input, weight, bias, batch_norm, activation, a, b, p)
     seed = seeds.dropout_seed(input.device) if p > 0 else None
     if input.dim() == 2:
         return ops.run(call, tensors, seed)
     out = ops.run(call, (input.reshape(-1, input.shape[-1]), *tensors[1:]), seed)
     return out.reshape(*input.shape[:-1], out.shape[-1])
+
+
+def _call_of(
+    tensors: Any, given: BatchNorm | None, norm: BatchNorm, activation: str, a: float, b: float, p: float
+) -> ops.Call | None:
+    """What is settled of the call, now or for tensors of that form before; None is torch's own ops."""
+    input, weight, bias = tensors[:3]
+    there = [tensor for tensor in tensors if tensor is not None]
+    key = None
+    if type(input) is Tensor and not ops.is_observed():
+        # What decides beside the form of the tensors, to which modes and transforms around the call belong.
+        key = (
+            len(there), input.shape, None if weight is None else weight.shape, bias is None, norm.weight is None,
+            norm.bias is None, norm.running_mean is None, norm.num_batches_tracked is None, given is None,
+            norm.training, norm.momentum, norm.eps, activation, a, b, p, plans.state(input.device),
+            torch.is_grad_enabled(), forward_ad._current_level,
+        )  # fmt: skip
+    call = _find(key, there)
+    if call is _UNSETTLED:
+        _check(input, weight, bias, given, activation, p)
+        call = _settle(tensors, given, activation, (a, b), p)
+        _keep(key, there, call)
+    return call
 
 
 def _settle(
@@ -92,6 +104,9 @@ def _settle(
         return None
     if activation == "softplus" and _autocast_is_on(input):
         return None  # autocast runs it in fp32 on CUDA
+    counter = tensors[7]
+    if counter is not None and counter.device != input.device:
+        return None  # as a checkpoint without it leaves it, loaded into a model on "meta"
     settings = ops.settings_of(norm, activation, *arguments, p)
     if settings.is_linear_alone and not _gains_alone(input, weight, bias, dtype):
         return None
@@ -123,6 +138,8 @@ def _keep(key: tuple | None, there: list[Tensor], call: ops.Call | None) -> None
     """For the next call of tensors of that form."""
     if key is None or TensorGuards is None or torch._C._functorch.peek_interpreter_stack() is not None:
         return
+    if any(tensor.layout is not torch.strided for tensor in there):
+        return  # the guards end the process at a compressed sparse tensor
     if len(_settled) >= KEPT:
         _settled.clear()
     found = _settled.setdefault(key, [])

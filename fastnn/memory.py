@@ -1,6 +1,7 @@
 """How tensors lie in memory, and the device and stream that work on them goes to."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,21 @@ def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...
     if found is not None:
         return found
     return lambda size, strides, dtype: torch.empty_strided(size, strides, dtype=dtype, device=device)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is what its memory holds: no negative or zero tensor, nor one that a function transform wraps."""
+    return torch._C._dispatch_keys(tensor).raw_repr() in _plain_keys(tensor.device)
+
+
+@functools.lru_cache(64)
+def _plain_keys(device: torch.device) -> frozenset[int]:
+    """What decides which code an op of torch runs, of plain tensors, made in inference mode or not."""
+    found = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.append(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    return frozenset(found)
 
 
 def is_capturing() -> bool:
@@ -67,8 +83,8 @@ class Forms:
 
     @staticmethod
     def _guards_of(tensors: Sequence[Tensor]) -> Any:
-        if TensorGuards is None:
-            return None
+        if TensorGuards is None or any(tensor.layout is not torch.strided for tensor in tensors):
+            return None  # the guards end the process at a compressed sparse tensor
         with torch.enable_grad():  # the guard looks at requires_grad, too, as it is where a step is called
             return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 

@@ -106,10 +106,8 @@ def observe(model: Any, inputs: tuple[Any, ...]) -> list[Call]:
             if call is not None:
                 found[call] = None
 
-    with _undisturbed(model, inputs), _observer(take):
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        copies = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs)
-        torch.func.functional_call(model, buffers, copies)
+    with _undisturbed(model, inputs), _observer(take), _buffers_of_its_own(model):
+        model(*tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs))
         reason = FOLLOWED if sequential._is_observed() else NOT_CALLED
     for name, module in model.named_modules():
         if isinstance(module, Sequential) and id(module) not in called:
@@ -124,6 +122,24 @@ def _observer(take: Any) -> Iterator[None]:
         yield
     finally:
         sequential.observer = before
+
+
+@contextmanager
+def _buffers_of_its_own(model: nn.Module) -> Iterator[None]:
+    """Copies in the place of all buffers, one for each, wherever it is registered.
+
+    Not torch.func.functional_call: of a module registered under two names it leaves the copies behind.
+    """
+    places = [(module, name) for module in model.modules() for name in module._buffers]
+    before = [(module, name, module._buffers[name]) for module, name in places]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in before if buffer is not None}
+    try:
+        for module, name, buffer in before:
+            module._buffers[name] = copies.get(id(buffer))
+        yield
+    finally:
+        for module, name, buffer in before:
+            module._buffers[name] = buffer
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import plans, recipes, reference
 from .dispatch import launch
+from .memory import is_plain
 from .specs import BlockSpec, saved_elements, stats_of
 
 _library = torch.library.Library("fastnn", "DEF")
@@ -33,7 +34,9 @@ def is_observed() -> bool:
     """Whether someone follows the ops: a tracer, torch.compile or a dispatch mode."""
     if torch.compiler.is_compiling():
         return True
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return True
+    return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
 
 
 def _block_forward(*arguments):
@@ -113,7 +116,7 @@ class Block(torch.autograd.Function):
         call, needs, tensors = ctx.call, ctx.needs_input_grad, ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _differentiable_backward(call, needs, tensors, grad)
-        elif call.recipe is None or type(grad) is not Tensor or is_observed():
+        elif call.recipe is None or is_observed() or not is_plain(grad):
             norm, _, _, *epilogue = call.settings
             grads = torch.ops.fastnn.block_backward(grad, *tensors, call.dtype, norm, *epilogue, needs[:3])
             grads = [d if needed else None for d, needed in zip(grads, needs[:5], strict=True)]
@@ -182,7 +185,7 @@ def settle(tensors: Tensors, dtype: torch.dtype, settings: Any) -> Call:
         rounds = weight.requires_grad or not save
         M, (N, K), norm = input.shape[0], weight.shape, settings.norm
         casts = not (rounds and plans.rounds_operands(M, N, K, dtype, input.device, norm, save))
-    if is_observed() or input.is_meta:
+    if is_observed() or input.is_meta or not all(t is None or is_plain(t) for t in tensors):
         return Call(dtype, settings, casts, save, None)
     spec = BlockSpec.of(tensors, dtype, settings, None)
     if casts:

@@ -37,7 +37,10 @@ def folder() -> Path:
     named = os.environ.get("FASTNN_CACHE_DIR")
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "fastnn"
+    home = os.path.expanduser("~")
+    if home == "~" and not os.environ.get("XDG_CACHE_HOME"):
+        raise OSError("there is no home folder; FASTNN_CACHE_DIR may name another")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path(home, ".cache")) / "fastnn"
 
 
 def identity(device: torch.device) -> dict[str, str]:
@@ -56,13 +59,14 @@ def path_of(machine: dict[str, str]) -> Path:
 
 def load(machine: dict[str, str]) -> tuple[dict[Problem, Times], str]:
     """What the file of that machine holds, and why it was not taken where it was not."""
-    path = path_of(machine)
     try:
-        return _parsed(path.read_text(encoding="utf-8"), machine), ""
+        return _parsed(path_of(machine).read_text(encoding="utf-8"), machine), ""
     except FileNotFoundError:
         return {}, ""
-    except (OSError, ValueError, OverflowError, RecursionError) as error:  # JSON's and Unicode's are ValueErrors
-        return {}, f"{path} is not taken: {error}"
+    except OSError as error:  # which names the file
+        return {}, f"no table is taken: {error}"
+    except (ValueError, OverflowError, RecursionError) as error:  # JSON's and Unicode's are ValueErrors
+        return {}, f"{path_of(machine)} is not taken: {error}"
 
 
 def _parsed(text: str, machine: dict[str, str]) -> dict[Problem, Times]:
@@ -92,8 +96,8 @@ def _problem(row: Any) -> tuple[Problem, Times]:
 
 def store(machine: dict[str, str], measured: dict[Problem, Times]) -> str:
     """Adds to the machine's file, for its readers in one step; why it could not, where it could not."""
-    path = path_of(machine)
     try:
+        path = path_of(machine)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.with_suffix(".lock")):
             there, _ = load(machine)

@@ -56,7 +56,7 @@ class _Recipe:
         return self.empty((self.partials,), (1,), torch.float32)
 
     def _z_of(self, saved: Tensor) -> Tensor:
-        return saved.as_strided(self.shape, self.strides, self.z_begin)
+        return saved.as_strided(self.shape, self.strides, saved.storage_offset() + self.z_begin)
 
     def _launch(self, tensors: tuple[Any, ...], saved: Tensor, operands: int, seed: int) -> None:
         """tensors: as launch.FORWARD or BACKWARD names them, but for z, stats and the seed.
@@ -96,7 +96,7 @@ class Forward(_Recipe):
     def __init__(self, spec: BlockSpec, save: bool) -> None:
         super().__init__(spec)
         alone, linear = self.settings.is_linear_alone, self.linear
-        self.backwards: dict[tuple[bool, bool, bool], Backward] = {}
+        self.backwards: dict[tuple[bool, bool, bool], tuple[tuple, Backward]] = {}
         self.library = linear and not self._takes_our_product(save and not alone)
         if not linear or (self.library and not alone):
             self._walk_z()
@@ -104,9 +104,11 @@ class Forward(_Recipe):
 
     def backward(self, needs_linear: tuple[bool, bool, bool]) -> "Backward":
         """needs_linear: which of the gradients by input, weight and bias are asked for."""
-        found = self.backwards.get(needs_linear)
-        if found is None:
-            found = self.backwards[needs_linear] = backward(self.spec, needs_linear)
+        state = plans.state(self.spec.device)
+        settled, found = self.backwards.get(needs_linear, (None, None))
+        if found is None or settled != state:
+            found = backward(self.spec, needs_linear)
+            self.backwards[needs_linear] = state, found
         return found
 
     def _takes_our_product(self, save: bool) -> bool:
@@ -199,6 +201,8 @@ class Backward(_Recipe):
             with torch.cuda.device(self.index):
                 return self(grad, input, weight, bias, gamma, beta, saved, seed)
         grad = grad.contiguous()
+        if saved.data_ptr() % tiles.ACCESS_BYTES or not saved.is_contiguous():  # unpacked by hooks to where they like
+            saved = saved.clone(memory_format=torch.contiguous_format)
         dz = grad if self.alone else self.empty(self.shape, self.strides, self.dtype)
         dtypes: tuple[Any, ...] = self.spec.dtypes
         dgamma = None if gamma is None else self.empty(self.columns, (1,), dtypes[3])

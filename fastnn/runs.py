@@ -87,8 +87,8 @@ def _activation(module: nn.Module) -> tuple[str, tuple[float, float]]:
 
 def _tensor(module: nn.Module, kind: str, name: str) -> Tensor | None:
     """module.name, a fifth of whose 0.5 µs it takes to look where it nearly always is."""
-    found = module.__dict__[kind]
-    return found[name] if name in found else getattr(module, name)
+    state = module.__dict__
+    return state[kind][name] if name in state[kind] and name not in state else getattr(module, name)
 
 
 def _batch_norm(module: nn.BatchNorm1d) -> BatchNorm:

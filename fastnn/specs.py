@@ -74,4 +74,7 @@ def saved_elements(M: int, N: int, dtype: torch.dtype, settings: Any, keeps_z: b
 
 def stats_of(saved: Tensor, N: int) -> Tensor:
     """The view (2, N) fp32 of what a block saved."""
-    return saved[: 8 * N // saved.element_size()].view(torch.float32).view(2, N)
+    stats = saved[: 8 * N // saved.element_size()]
+    if stats.storage_offset() * stats.element_size() % 4:
+        stats = stats.clone()
+    return stats.view(torch.float32).view(2, N)

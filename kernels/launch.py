@@ -5,7 +5,6 @@ empty, and of dtypes dispatch.py lets through; the current device is theirs. Not
 host.
 """
 
-from itertools import compress
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -70,9 +69,9 @@ class Launch:
         self._function, self._metadata = compiled.function, compiled.packed_metadata
 
     def _key(self, given: tuple) -> tuple:
-        """All that Triton compiles by, as none of the numbers are specialised on."""
-        constants = [parameter.is_constexpr for parameter in self._kernel.params[len(given) :]]
-        flags = compress(self._settled, constants)
+        """All that Triton compiles by: of numbers, none of which are specialised on, the type."""
+        settled = zip(self._kernel.params[len(given) :], self._settled, strict=True)
+        flags = (value if parameter.is_constexpr else type(value) for parameter, value in settled)
         return self._kernel, *map(_form, given), *flags, *self._options.values()
 
     def by_address(self, arguments: tuple, stream: int) -> None:
@@ -144,8 +143,8 @@ class Settings(NamedTuple):
         threshold, keep_scale = threshold_and_scale(self.p)
         return {
             # torch, too, moves nothing where it cannot count the batches.
-            "M": M, "N": N, "K": K, "momentum": self.momentum or 0.0, "eps": self.eps,
-            "act_a": self.a, "act_b": self.b, "threshold": threshold, "keep_scale": keep_scale,
+            "M": M, "N": N, "K": K, "momentum": float(self.momentum or 0), "eps": float(self.eps),
+            "act_a": float(self.a), "act_b": float(self.b), "threshold": threshold, "keep_scale": keep_scale,
             "NORM": NORM_MODES[self.norm], "CUMULATIVE": self.momentum is None and counts, "DROPOUT": self.p > 0,
             "ACTIVATION": getattr(activations, self.activation),
             "ACTIVATION_BACKWARD": getattr(activations, self.activation + "_backward"),

@@ -279,3 +279,23 @@ def test_measured_plans_are_named(monkeypatch):
     row = rows_of(stack(), torch.randn(64, 784))["0-3"]
     assert row.forward == "columns"
     assert row.why[0] == "forward: columns, measured by fastnn.tune (whole_batch 2.5, columns 1.5 µs)"
+
+
+def test_a_module_under_two_names_keeps_its_buffers():
+    """torch.func.functional_call leaves such a one with the copies."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = fastnn.nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU())
+            self.norm = self.net[1]
+
+        def forward(self, x):
+            return self.net(x)
+
+    model = Model()
+    before = list(model.norm.buffers())
+    values = [buffer.clone() for buffer in before]
+    fastnn.explain(model, torch.randn(6, 8))
+    assert all(a is b for a, b in zip(model.norm.buffers(), before, strict=True))
+    torch.testing.assert_close(before, values, rtol=0, atol=0)

@@ -23,7 +23,7 @@ LAYERS = {
     "plans": {"costs", "dispatch", "kernels"},
     "specs": {"dispatch", "kernels"},
     "recipes": {"specs", "plans", "dispatch", "kernels", "memory"},
-    "ops": {"recipes", "specs", "plans", "dispatch", "reference", "kernels"},
+    "ops": {"recipes", "specs", "memory", "plans", "dispatch", "reference", "kernels"},
     "functional": {"ops", "memory", "seeds", "plans", "dispatch", "reference", "activations"},
     "runs": {"functional", "activations", "reference"},
     "memory": set(),
@@ -78,7 +78,7 @@ def test_imports_point_downwards(path):
 
 @pytest.mark.parametrize("path", [*ROOT.glob("kernels/*.py")], ids=lambda path: path.name)
 def test_kernels_import_torch_triton_and_themselves_only(path):
-    standard = {"collections.abc", "dataclasses", "math", "itertools", "operator", "struct", "typing"}
+    standard = {"collections.abc", "dataclasses", "math", "operator", "struct", "typing"}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= {"torch", "triton"} | standard

@@ -135,3 +135,9 @@ def test_a_recipe_is_made_once_for_a_problem_and_state():
     assert recipes.forward(spec_of(K=48), True) is not first
     with plans.forced_plan("apply"):
         assert recipes.forward(spec_of(), True) is not first
+
+
+def test_numbers_given_as_integers_are_floats_to_the_kernels():
+    """Triton makes a constant of an integer 1, and another type of any other."""
+    values = launch.Settings("batch", momentum=1, eps=1, activation="elu", a=1, b=0).values(8, 8, 8, 4, True)
+    assert [type(values[name]) for name in ("momentum", "eps", "act_a", "act_b")] == [float] * 4

@@ -1,15 +1,19 @@
 """Calls of the functional that are settled once: for which tensors, and what makes them be settled anew."""
 
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastnn import functional, plans
+import fastnn
+from fastnn import functional, plans, recipes
 from fastnn.activations import ACTIVATIONS
 from fastnn.functional import BatchNorm, linear_batch_norm_act_dropout
+from fastnn.recipes import Backward as backward  # noqa: N813
 
 
 @pytest.fixture
@@ -110,3 +114,101 @@ def test_a_call_of_a_settled_form_still_raises_for_another(checks):
         both_blocks(given | {"x": torch.randn(1, 8)})
     with pytest.raises(ValueError, match="probability"):
         linear_batch_norm_act_dropout(given["x"], given["weight"], given["bias"], p=1.5)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta state:UserWarning")
+@pytest.mark.parametrize("form", ["csr", "csc", "coo"])
+def test_sparse_weights_are_torchs(form):
+    """Dynamo's guards end the process at compressed ones."""
+    weight = getattr(torch.randn(6, 8), f"to_sparse_{form}" if form != "coo" else "to_sparse")()
+    x = torch.randn(12, 8)
+    for _ in range(2):
+        found = linear_batch_norm_act_dropout(x, weight, activation="relu")
+        torch.testing.assert_close(found, F.relu(F.linear(x, weight)))
+
+
+def test_numbers_in_tensors_are_read_at_each_call():
+    x, p = torch.randn(64, 64), torch.tensor(0.1)
+    norm = BatchNorm(torch.zeros(64), torch.ones(64), momentum=torch.tensor(0.0), eps=torch.tensor(1e-5))
+    linear_batch_norm_act_dropout(x, batch_norm=norm)
+    assert not norm.running_mean.any()
+    norm.momentum.fill_(1.0)
+    linear_batch_norm_act_dropout(x, batch_norm=norm)
+    torch.testing.assert_close(norm.running_mean, x.mean(0))
+    for rate in (0.1, 0.9):
+        dropped = linear_batch_norm_act_dropout(x.abs() + 1, activation="relu", p=p.fill_(rate)) == 0
+        assert dropped.float().mean().item() == pytest.approx(rate, abs=0.03)
+
+
+def negative(tensor):
+    return torch._neg_view(tensor.detach().clone())
+
+
+def block_of(kind):
+    torch.manual_seed(3)
+    return kind(torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16), torch.nn.ReLU())
+
+
+@pytest.mark.parametrize("where", ["input", "gradient", "weight"])
+def test_negative_views_are_negated(where):
+    x, g, found = torch.randn(12, 8), torch.randn(12, 16), []
+    for kind in (torch.nn.Sequential, fastnn.nn.Sequential):
+        model, leaf = block_of(kind), x.clone().requires_grad_()
+        if where == "weight":
+            model[0].weight = torch.nn.Parameter(negative(model[0].weight))
+        out = model(negative(x) if where == "input" else leaf)
+        out.backward(negative(g) if where == "gradient" else g)
+        found.append([out, *(parameter.grad for parameter in model[1].parameters()), model[0].weight.grad])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_batched_gradients():
+    x, model = torch.randn(5, 8), fastnn.nn.Sequential(torch.nn.Linear(8, 3), torch.nn.ReLU())
+    one_by_one = torch.autograd.functional.jacobian(model, x)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(model, x, vectorize=True), one_by_one)
+
+
+@pytest.mark.parametrize("offset", [16, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("train", [True, False])
+def test_what_is_saved_may_come_back_anywhere_in_memory(offset, dtype, train):
+    def pack(tensor):
+        store = torch.full((offset + tensor.numel(),), 7.0).to(tensor.dtype)
+        store[offset:] = tensor.detach().reshape(-1)
+        return store, tensor.shape
+
+    def unpack(packed):
+        return packed[0][offset:].view(packed[1])
+
+    model, found = block_of(fastnn.nn.Sequential).to(dtype).train(train), []
+    for hooks in (nullcontext(), torch.autograd.graph.saved_tensors_hooks(pack, unpack)):
+        x = torch.linspace(-1, 1, 96).view(12, 8).to(dtype).requires_grad_()
+        with hooks:
+            out = model(x)
+        found.append(torch.autograd.grad(out.square().sum(), [x, *model.parameters()]))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_counter_on_another_device_is_torchs():
+    norm = BatchNorm(torch.zeros(8), torch.ones(8), num_batches_tracked=torch.tensor(0, device="meta"))
+    settled = functional._settle(functional.ops.tensors_of(torch.ones(4, 8), None, None, norm), norm, "relu", (0, 0), 0)
+    assert settled is None
+
+
+def test_gradients_follow_the_settings_of_their_own_time(monkeypatch):
+    given = tensors_of_a_block(weight=torch.randn(6, 8, requires_grad=True))
+    norm = BatchNorm(given["mean"], given["var"])
+    made = []
+    monkeypatch.setattr(recipes, "Backward", lambda *arguments: made.append(1) or backward(*arguments))
+    for setting, count in (("tf32", 1), ("ieee", 2), ("ieee", 2)):
+        out = linear_batch_norm_act_dropout(given["x"], given["weight"], batch_norm=norm)
+        monkeypatch.setattr(plans, "fp32_precision", lambda setting=setting: setting)
+        out.sum().backward()
+        monkeypatch.setattr(plans, "fp32_precision", lambda: "ieee")
+        assert len(made) == count
+
+
+def test_pre_dispatch_tracing_records_the_op():
+    model = block_of(fastnn.nn.Sequential).eval().requires_grad_(False)
+    graph = make_fx(model, pre_dispatch=True)(torch.randn(12, 8))
+    assert "fastnn.block_forward" in graph.code
