@@ -27,6 +27,7 @@ _library.define(
     "Tensor saved, Tensor? seed, ScalarType dtype, str norm, str activation, float a, float b, float p, "
     "bool[3] needs_linear) -> (Tensor dinput, Tensor dweight, Tensor dbias, Tensor dgamma, Tensor dbeta)"
 )
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # whose tracers are no dispatch modes
 Tensors = tuple[Tensor | None, ...]  # input, weight, bias, gamma, beta, running_mean, running_var, num_batches_tracked
 
 
@@ -36,7 +37,7 @@ def is_observed() -> bool:
         return True
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
         return True
-    return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+    return torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
 
 
 def _block_forward(*arguments):
