@@ -108,21 +108,25 @@ def _settle(
     if counter is not None and counter.device != input.device:
         return None  # as a checkpoint without it leaves it, loaded into a model on "meta"
     settings = ops.settings_of(norm, activation, *arguments, p)
-    if settings.is_linear_alone and not _gains_alone(input, weight, bias, dtype):
+    if settings.is_linear_alone and not _linear_gains(input, weight, bias, dtype):
         return None
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     return ops.settle((rows, *tensors[1:]), dtype, settings)
 
 
-def _gains_alone(input: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether a small Linear alone takes fewer launches here: for its gradients together, or for autocast's casts."""
+def _linear_gains(input: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether a Linear alone, or what is no Linear, is ours."""
     if weight is None or torch.compiler.is_compiling():
         return weight is None
-    M, (N, K) = input.numel() // input.shape[-1], weight.shape
     others = input.requires_grad or (bias is not None and bias.requires_grad)
     several = torch.is_grad_enabled() and weight.requires_grad and others
-    grouped = plans.linear_backward_plan(M, N, K, dtype, input.device) == "grouped"
-    return grouped and (several or weight.dtype != dtype)
+    M, (N, K) = input.numel() // input.shape[-1], weight.shape
+    return gains_alone(M, N, K, dtype, input.device, several or weight.dtype != dtype)
+
+
+def gains_alone(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, takes_several: bool) -> bool:
+    """Whether a small Linear alone takes fewer launches here: for its gradients together, or for autocast's casts."""
+    return takes_several and plans.linear_backward_plan(M, N, K, dtype, device) == "grouped"
 
 
 def _find(key: tuple | None, there: list[Tensor]) -> Any:

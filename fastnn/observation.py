@@ -43,18 +43,20 @@ class Call:
     save: bool = False  # whether a backward follows
     linear_alone: bool = False
     casts: bool = False  # whether operands are of another dtype than the computation
+    casts_weight: bool = False  # whether the weight is
     input_gradient: bool = False
     weight_gradient: bool = False
     bias_gradient: bool = False  # where it is a launch of its own: of a Linear alone
 
     def unfused(self) -> str:
-        """Why it is not fused now; a Linear alone is where its gradients are one launch (functional._gains_alone)."""
+        """Why it is not fused now; a Linear alone is where functional says that it gains."""
         if self.reason or len(self.layers) > 1:
             return self.reason
-        if not (self.casts or (self.weight_gradient and (self.input_gradient or self.bias_gradient))):
+        several = self.weight_gradient and (self.input_gradient or self.bias_gradient)
+        if not (several or self.casts_weight):
             return "alone, and at most one gradient"
-        grouped = plans.linear_backward_plan(self.M, self.N, self.K, self.dtype, self.device) == "grouped"
-        return "" if grouped else "alone, and the library's gradients are the plan"
+        gains = functional.gains_alone(self.M, self.N, self.K, self.dtype, self.device, True)
+        return "" if gains else "alone, and the library's gradients are the plan"
 
     def _rounds(self) -> bool:
         """Whether our kernels read operands of another dtype as they are, and none is cast (ops.block)."""
@@ -207,6 +209,7 @@ def _call_of(part: Run | nn.Module, input: Any, place: str) -> Call | None:
         save=_wanted(input, weight, bias, *((norm.weight, norm.bias) if norm is not None else ())),
         linear_alone=alone,
         casts=any(tensor.dtype != dtype for tensor in linear_tensors),
+        casts_weight=weight is not None and weight.dtype != dtype,
         input_gradient=_wanted(input),
         weight_gradient=_wanted(weight),
         bias_gradient=alone and _wanted(bias),

@@ -111,7 +111,7 @@ def is_measured(device: torch.device, problem: Problem) -> bool:
 
 def bucket(M: int) -> int:
     """What the rules know of M rows: the least power of two that is no smaller."""
-    return 1 << max(0, M - 1).bit_length()
+    return tiles.power_of_two_at_least(M)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -80,11 +80,15 @@ class _Recipe:
         for place in (operands, operands + 1):
             if tensors[place] is not None:
                 tensors[place] = tensors[place].contiguous()
-        aligned = not functools.reduce(operator.or_, [t.data_ptr() for t in tensors if t is not None]) % 16
+        aligned = (
+            not functools.reduce(operator.or_, [t.data_ptr() for t in tensors if t is not None]) % tiles.ACCESS_BYTES
+        )
         z = self._z_of(saved) if self.keeps_z else None if self.linear else tensors[operands]
         stats = stats_of(saved, self.spec.N) if self.has_stats else None
         if self.descriptors is not None:
-            x, weight = (t if t.data_ptr() % 16 == 0 else t.clone() for t in tensors[operands : operands + 2])
+            x, weight = (
+                t.clone() if t.data_ptr() % tiles.ACCESS_BYTES else t for t in tensors[operands : operands + 2]
+            )
             tensors[operands : operands + 2] = launch.descriptors(x, weight, self.descriptors)
         for step in self.launches:
             step.by_triton((*tensors, z, stats, seed), keep=aligned)
