@@ -52,7 +52,7 @@ RATES = {
 class Problem(NamedTuple):
     """What a plan is chosen for: by one rule, sizes (M a bucket of rows), numbers, and what is asked.
 
-    arithmetic: "half" (of fp16 or bf16), "tf32" or "ieee" (full fp32); norm as in launch.Norm; save: a backward
+    arithmetic: "half" (of fp16 or bf16), "tf32" or "ieee" (full fp32); norm as in launch.Settings; save: a backward
     follows. K is 0 where there is no product.
     """
 

@@ -39,7 +39,7 @@ class Call:
     K: int = 0
     dtype: torch.dtype = torch.float32  # of the computation
     device: torch.device = _CPU
-    norm: str = "none"  # as in launch.Norm
+    norm: str = "none"  # as in launch.Settings
     save: bool = False  # whether a backward follows
     linear_alone: bool = False
     casts: bool = False  # whether operands are of another dtype than the computation
@@ -59,7 +59,7 @@ class Call:
         return "" if gains else "alone, and the library's gradients are the plan"
 
     def _rounds(self) -> bool:
-        """Whether our kernels read operands of another dtype as they are, and none is cast (ops.block)."""
+        """Whether our kernels read operands of another dtype as they are, and none is cast (ops.settle)."""
         if not self.casts or (self.save and not self.weight_gradient):
             return False
         return plans.rounds_operands(self.M, self.N, self.K, self.dtype, self.device, self.norm, self.save)

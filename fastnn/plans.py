@@ -200,7 +200,7 @@ def forward_choice(M: int, N: int, K: int, dtype: torch.dtype, device: torch.dev
 
 
 def forward_plan(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, norm: str, save: bool) -> str:
-    """The plan of a Linear and what follows it; norm as in launch.Norm, save: whether a backward follows."""
+    """The plan of a Linear and what follows it; norm as in launch.Settings, save: whether a backward follows."""
     return forward_choice(M, N, K, dtype, device, norm, save).plan
 
 
