@@ -60,9 +60,47 @@ def linear_batch_norm_act_dropout(
         momentum = None if norm.momentum is None else float(norm.momentum)
         norm = batch_norm = norm._replace(momentum=momentum, eps=float(norm.eps))
     tensors = ops.tensors_of(input, weight, bias, norm)
-    call = _call_of(tensors, batch_norm, norm, activation, a, b, p)
+    if torch.compiler.is_compiling():
+        return block(*tensors, None if batch_norm is None else norm.training, norm.momentum, norm.eps, activation, a, b, p)
+    return _run(tensors, batch_norm, norm, activation, a, b, p)
+
+
+@torch.compiler.allow_in_graph
+def block(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    norm_training: bool | None,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    a: float,
+    b: float,
+    p: float,
+) -> Tensor:
+    """``linear_batch_norm_act_dropout`` as one node of the graph that Dynamo makes; AOTAutograd traces into it.
+
+    norm_training: BatchNorm's ``training``, None where there is no BatchNorm.
+    """
+    norm, batch_norm = _NO_NORM, None
+    if norm_training is not None:
+        buffers = running_mean, running_var, gamma, beta, num_batches_tracked
+        norm = batch_norm = BatchNorm(*buffers, norm_training, momentum, eps)
+    return _run(ops.tensors_of(input, weight, bias, norm), batch_norm, norm, activation, a, b, p)
+
+
+def _run(
+    tensors: Any, given: BatchNorm | None, norm: BatchNorm, activation: str, a: float, b: float, p: float
+) -> Tensor:
+    input, weight, bias = tensors[:3]
+    call = _call_of(tensors, given, norm, activation, a, b, p)
     if call is None:
-        return reference.block(input, weight, bias, batch_norm, activation, a, b, p)
+        return reference.block(input, weight, bias, given, activation, a, b, p)
     seed = seeds.dropout_seed(input.device) if p > 0 else None
     if input.dim() == 2:
         return ops.run(call, tensors, seed)

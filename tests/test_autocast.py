@@ -8,6 +8,8 @@ from support.interpreter import count_accesses
 from support.numerics import judge, judge_once
 from support.ops_log import OpsLog
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import fastnn
 from fastnn import plans
@@ -204,11 +206,12 @@ def test_traced_calls_cast_outside_and_compile_at_most_twice():
     calls, frames = [], []
     model = fastnn.nn.Sequential(nn.Linear(7, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
 
-    def backend(graph, examples):
+    def compiler(graph, examples):
         frames.append(graph)
-        calls.append(sum(node.op == "call_method" and node.target == "to" for node in graph.graph.nodes))
-        return graph.forward
+        calls.append(sum(node.target is torch.ops.aten._to_copy.default for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
 
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=lambda graph, examples: make_boxed_func(graph.forward))
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     for M in (12, 20, 33, 5000):
         with torch.autocast("cpu", torch.bfloat16):
