@@ -10,8 +10,9 @@ and ``forced_plan`` fixes them.
 
 from . import functional, nn, optim
 from .explanation import explain
+from .fuse import fuse, unfuse
 from .plans import forced_plan
 from .tuning import tune
 
-__all__ = ["__version__", "explain", "forced_plan", "functional", "nn", "optim", "tune"]
+__all__ = ["__version__", "explain", "forced_plan", "functional", "fuse", "nn", "optim", "tune", "unfuse"]
 __version__ = "0.1.0"
