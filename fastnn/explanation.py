@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from . import costs, dispatch, plans
-from .observation import Call, observe
+from .calls import Call
+from .observation import observe
 from .plans import Choice
 
-NO_RUNS = "There is no run of a fastnn.nn.Sequential in this model."
+NO_RUNS = "There is no run of layers in this model."
 INTERPRETED = "The kernels run in Triton's interpreter (TRITON_INTERPRET=1), by the plans of an H100."
 
 
@@ -83,7 +84,8 @@ def explain(model: Any, *inputs: Any) -> Explanation:
         TypeError: model is not a torch.nn.Module.
         ValueError: model holds lazy modules that have not been called yet.
     """
-    return explanation_of(observe(model, inputs))
+    calls, notes = observe(model, inputs)
+    return explanation_of(calls, tuple(notes))
 
 
 def explanation_of(calls: list[Call], notes: tuple[str, ...] = ()) -> Explanation:

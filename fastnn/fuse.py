@@ -5,14 +5,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.convert_frame import CatchErrorsWrapper
 from torch.fx import GraphModule
 
 from . import rewriting, runs
+from .tracing import compiled_call
 
-# For the frames of a fused model alone. A hook that comes later must be seen; 24 blocks of one class, each with a break
-# of the graph in it, are 24 compilations of one code; what Dynamo cannot take runs as it is.
-SETTINGS = {"skip_nnmodule_hook_guards": False, "recompile_limit": 64, "suppress_errors": True}
 _SLOT = "_compiled_call_impl"  # what torch.nn.Module.__call__ calls where it is set, and copies and pickles leave out
 
 
@@ -70,7 +67,7 @@ class _FusedCall:
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or runs.are_patched():
+        if torch.compiler.is_compiling() or runs.are_followed():
             return self._model._call_impl(*args, **kwargs)
         if self._compiled is None:
             self._compiled = compiled_call(self._model, _fused_graph)
@@ -83,26 +80,6 @@ class _FusedCall:
 
 def _nothing() -> None:
     return None
-
-
-def compiled_call(model: nn.Module, backend: Callable[[GraphModule, list[Any]], Callable[..., Any]]) -> Any:
-    """The model's call, whose frames Dynamo traces for the backend under SETTINGS."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return model._call_impl(*args, **kwargs)
-
-    call.__code__ = call.__code__.replace()  # Dynamo keeps what it compiled with the code: one of its own
-    context = torch._dynamo.optimize(backend)
-    context.callback = _Conversion(context.callback._torchdynamo_orig_backend, context.callback.hooks)
-    return context(call)
-
-
-class _Conversion(CatchErrorsWrapper):
-    """Dynamo's conversion of a frame, under SETTINGS; entering them at every call would cost 12 µs."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(SETTINGS):
-            return super().__call__(*args, **kwargs)
 
 
 def _fused_graph(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:

@@ -158,25 +158,25 @@ def _are_numbers(*values: Any) -> bool:
     return all(isinstance(value, (bool, int, float)) for value in values)
 
 
-def _name(node: Node) -> str:
+def name(node: Node) -> str:
     return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
 
 
 def is_swap(node: Node) -> bool:
     """Whether it exchanges the last two dimensions of three."""
-    if node.op not in ("call_method", "call_function") or _name(node) not in _SWAPS or len(shape(node) or ()) != 3:
+    if node.op not in ("call_method", "call_function") or name(node) not in _SWAPS or len(shape(node) or ()) != 3:
         return False
     dims = node.args[1:]
     dims = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
     if not all(isinstance(dim, int) for dim in dims) or node.kwargs:
         return False
     found = [dim % 3 for dim in dims]  # type: ignore[operator]
-    return found == [0, 2, 1] if _name(node) == "permute" else sorted(found) == [1, 2]
+    return found == [0, 2, 1] if name(node) == "permute" else sorted(found) == [1, 2]
 
 
 def is_view_of_rows(node: Node) -> bool:
     """Whether it gives the same rows, of as many features, in the same order."""
-    if node.op not in ("call_method", "call_function") or _name(node) not in _VIEWS or not node.args:
+    if node.op not in ("call_method", "call_function") or name(node) not in _VIEWS or not node.args:
         return False
     before, after = value(node.args[0]), value(node)
     if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.dtype != after.dtype:
@@ -212,18 +212,20 @@ def written(node: Node) -> set[Node] | None:
 def _is_pure(node: Node) -> bool:
     if value(node) is None or node.op not in ("call_function", "call_method") or node.kwargs.get("out") is not None:
         return False
-    name, target = _name(node), node.target
-    if name.endswith("_") and not name.endswith("__"):
+    own, target = name(node), node.target
+    if own.endswith("_") and not own.endswith("__"):
         return False
     if node.op == "call_method":
         return True
     if isinstance(target, torch._ops.HigherOrderOperator):
         return False
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        overloads = [target] if isinstance(target, torch._ops.OpOverload) else map(target.__getattr__, target.overloads())
+        overloads = (
+            [target] if isinstance(target, torch._ops.OpOverload) else map(target.__getattr__, target.overloads())
+        )
         return not any(overload._schema.is_mutable for overload in overloads)
     if getattr(target, "__module__", "") == "_operator":
-        return name != "setitem" and not (name[0] == "i" and hasattr(operator, name[1:]))
+        return own != "setitem" and not (own[0] == "i" and hasattr(operator, own[1:]))
     if getattr(target, "__module__", "") == F.__name__:
         return not inspect.signature(target).bind(*node.args, **node.kwargs).arguments.get("inplace")  # type: ignore[arg-type]
     return getattr(target, "__module__", "") in ("torch", None) or isinstance(target, type(torch.relu))

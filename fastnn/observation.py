@@ -1,9 +1,8 @@
 """The runs of a model as one call of it meets them: shapes, dtypes and paths, learned without changing anything."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,82 +10,25 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import dispatch, functional, plans, runs
+from . import runs
+from .calls import Call, call_of
+from .graph_observation import graph_calls
 from .nn import sequential
 from .nn.sequential import Sequential
-from .plans import Choice
 from .runs import Run
 
-NOT_CALLED = "not called with these inputs"
+NOT_REACHED = "not called with these inputs, or where torch.compile does not trace"
 FOLLOWED = "a global hook, a tracer or a patched layer class follows the single layers"
+CUMULATIVE = "momentum=None takes a number from the device, where torch.compile breaks the graph"
+SYNC = "SyncBatchNorm runs unfused"
 _FUSIBLE = tuple(runs._PLACES)
-_EAGER, _CPU = dispatch.Path("eager"), torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Call:
-    """A run of layers on what arrived at it: M rows, K to N features; K is 0 where there is no Linear.
+def observe(model: Any, inputs: tuple[Any, ...]) -> tuple[list[Call], list[str]]:
+    """Calls the model on copies of the inputs and of its buffers; each distinct call of a run, and what else to say.
 
-    reason: why it is not fused whatever the plans are, else empty.
-    """
-
-    modules: str  # names in the model: "encoder.0-3"
-    layers: tuple[str, ...]  # types
-    reason: str = ""
-    path: dispatch.Path = _EAGER
-    M: int = 0
-    N: int = 0
-    K: int = 0
-    dtype: torch.dtype = torch.float32  # of the computation
-    device: torch.device = _CPU
-    norm: str = "none"  # as in launch.Settings
-    save: bool = False  # whether a backward follows
-    linear_alone: bool = False
-    casts: bool = False  # whether operands are of another dtype than the computation
-    casts_weight: bool = False  # whether the weight is
-    input_gradient: bool = False
-    weight_gradient: bool = False
-    bias_gradient: bool = False  # where it is a launch of its own: of a Linear alone
-
-    def unfused(self) -> str:
-        """Why it is not fused now; a Linear alone is where functional says that it gains."""
-        if self.reason or len(self.layers) > 1:
-            return self.reason
-        several = self.weight_gradient and (self.input_gradient or self.bias_gradient)
-        if not (several or self.casts_weight):
-            return "alone, and at most one gradient"
-        gains = functional.gains_alone(self.M, self.N, self.K, self.dtype, self.device, True)
-        return "" if gains else "alone, and the library's gradients are the plan"
-
-    def _rounds(self) -> bool:
-        """Whether our kernels read operands of another dtype as they are, and none is cast (ops.settle)."""
-        if not self.casts or (self.save and not self.weight_gradient):
-            return False
-        return plans.rounds_operands(self.M, self.N, self.K, self.dtype, self.device, self.norm, self.save)
-
-    def choices(self) -> dict[str, Choice]:
-        """The plans that the rules choose among for it now: "forward", "sums" and "gradients" of a Linear."""
-        if self.reason:
-            return {}
-        M, N, K, dtype, device = self.M, self.N, self.K, self.dtype, self.device
-        found: dict[str, Choice] = {}
-        if K and not self.linear_alone:
-            found["forward"] = plans.forward_choice(M, N, K, dtype, device, self.norm, self.save)
-        elif K and self._rounds():
-            found["forward"] = plans.forward_choice(M, N, K, dtype, device, "none", False)
-        elif self.norm == "batch":
-            found["forward"] = plans.statistics_choice(M, N, dtype.itemsize, device)
-        if self.save and not self.linear_alone:
-            found["sums"] = plans.statistics_choice(M, N, dtype.itemsize, device)
-        if self.weight_gradient and (self.input_gradient or self.bias_gradient or self._rounds()):
-            found["gradients"] = plans.linear_backward_choice(M, N, K, dtype, device)
-        return found
-
-
-def observe(model: Any, inputs: tuple[Any, ...]) -> list[Call]:
-    """Calls the model once on copies of the inputs and of its buffers; each distinct call of a run, in order.
-
-    Parameters, buffers, gradients and torch's generators are as before. Autograd and autocast are the caller's.
+    Once as it is, for its fastnn.nn.Sequentials, and once as ``fastnn.fuse`` would, for what else it holds. Parameters,
+    buffers, gradients and torch's generators are as before. Autograd and autocast are the caller's.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -98,7 +40,36 @@ def observe(model: Any, inputs: tuple[Any, ...]) -> list[Call]:
         raise ValueError("model must have been called once before, got lazy modules without parameters yet")
     model = getattr(model, "_orig_mod", model)  # of torch.compile, which must not trace the observer
     names = {id(module): name for name, module in model.named_modules()}
+    found, reached, notes = _sequential_calls(model, inputs, names), set[int](), list[str]()
+    inside = _inside_sequentials(model)
+    if not runs.are_followed() and len(inside) < len(names):
+        with _undisturbed(model, inputs), _buffers_of_its_own(model):
+            others, reached, notes = graph_calls(model, _copies(inputs), names)
+        found |= others
+    for name, module in model.named_modules():
+        if id(module) not in reached | inside:
+            reason = _unreached_reason(module)
+            if reason:
+                found[Call(name or "model", (type(module).__name__,), reason)] = None
+    return list(found), notes
+
+
+def _copies(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs)
+
+
+def _inside_sequentials(model: nn.Module) -> set[int]:
+    """Of fastnn.nn.Sequentials and of those of their children that are single layers."""
+    found = [module for module in model.modules() if isinstance(module, Sequential)]
+    return {
+        id(module) for module in (*found, *(child for owner in found for child in owner if not any(child.children())))
+    }
+
+
+def _sequential_calls(model: nn.Module, inputs: tuple[Any, ...], names: dict[int, str]) -> dict[Call, None]:
+    """The calls of runs of fastnn.nn.Sequentials."""
     found: dict[Call, None] = {}
+    owners = [module for module in model.modules() if isinstance(module, Sequential)]
     called = set()
 
     def take(owner: Sequential, part: Run | nn.Module, input: Any) -> None:
@@ -108,13 +79,20 @@ def observe(model: Any, inputs: tuple[Any, ...]) -> list[Call]:
             if call is not None:
                 found[call] = None
 
-    with _undisturbed(model, inputs), _observer(take), _buffers_of_its_own(model):
-        model(*tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs))
-        reason = FOLLOWED if sequential._is_observed() else NOT_CALLED
-    for name, module in model.named_modules():
-        if isinstance(module, Sequential) and id(module) not in called:
-            found[Call(name or "model", (type(module).__name__,), reason)] = None
-    return list(found)
+    if not owners:
+        return found
+    with (
+        _undisturbed(model, inputs),
+        _observer(take),
+        _buffers_of_its_own(model),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        model(*_copies(inputs))
+        reason = FOLLOWED if runs.are_followed() else NOT_REACHED
+    for module in owners:
+        if id(module) not in called:
+            found[Call(names[id(module)] or "model", (type(module).__name__,), reason)] = None
+    return found
 
 
 @contextmanager
@@ -146,7 +124,7 @@ def _buffers_of_its_own(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _undisturbed(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[None]:
-    """What torch draws within is drawn again after it, and nothing is compiled."""
+    """What torch draws within is drawn again after it."""
     tensors = [*model.parameters(), *model.buffers(), *(t for t in tree_leaves(inputs) if isinstance(t, Tensor))]
     devices = {tensor.device for tensor in tensors}
     with ExitStack() as stack:
@@ -157,8 +135,6 @@ def _undisturbed(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[None]:
         for kind in kinds - {"cpu", "meta", "mps"}:
             of_kind = [device.index for device in devices if device.type == kind]
             stack.enter_context(torch.random.fork_rng(devices=of_kind, device_type=kind))
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import takes seconds
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
@@ -184,60 +160,31 @@ def _call_of(part: Run | nn.Module, input: Any, place: str) -> Call | None:
         return Call(place, layers, "its input is no plain strided tensor")
     if input.dim() < 2:
         return Call(place, layers, f"its input is {input.dim()}-D")
-    linear: Any = part[0] if type(part[0]) is nn.Linear else None
-    normalising = [layer for layer in part if type(layer) is nn.BatchNorm1d]
-    norm = runs._batch_norm(normalising[0]) if normalising else None
-    weight, bias = (None, None) if linear is None else (linear.weight, linear.bias)
-    dtype = functional._computation_dtype(input, weight)
-    path = dispatch.path(input, dtype, *functional._features_and_tensors(input, weight, bias, norm))
-    if functional._autocast_is_on(input) and any(type(layer) is nn.Softplus for layer in part):
-        path = path if path.eager else dispatch.Path("eager", "autocast runs Softplus in fp32")
-    mode = "none" if norm is None else "batch" if norm.training else "running"
-    alone = linear is not None and mode == "none" and not any(_acts(layer) for layer in part[1:])
-    linear_tensors = [] if linear is None else [t for t in (input, weight, bias) if t is not None]
-    call = Call(
-        place,
-        layers,
-        path.reason,
-        path,
-        M=input.numel() // max(input.shape[-1], 1),
-        N=input.shape[-1] if weight is None else weight.shape[0],
-        K=0 if weight is None else weight.shape[1],
-        dtype=dtype,
-        device=input.device,
-        norm=mode,
-        save=_wanted(input, weight, bias, *((norm.weight, norm.bias) if norm is not None else ())),
-        linear_alone=alone,
-        casts=any(tensor.dtype != dtype for tensor in linear_tensors),
-        casts_weight=weight is not None and weight.dtype != dtype,
-        input_gradient=_wanted(input),
-        weight_gradient=_wanted(weight),
-        bias_gradient=alone and _wanted(bias),
-    )
-    if path.eager or len(part) == 1 or runs.fits(part, input):
+    weight, bias, norm, activation, _, p = runs.arguments_of(part)
+    call = call_of(place, layers, input, weight, bias, norm, activation, p)
+    if call.path.eager or len(part) == 1 or runs.fits(part, input):
         return call
-    strided = type(part[0]) is nn.Linear or type(part[0]) is nn.BatchNorm1d
-    reason = "BatchNorm1d of an input that is not 2-D" if strided else "its input is not contiguous"
+    reason = "its input is not contiguous" if weight is norm is None else "BatchNorm1d of an input that is not 2-D"
     return replace(call, reason=reason)
 
 
-def _wanted(*tensors: Tensor | None) -> bool:
-    """Whether a gradient by one of them will be."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _acts(layer: nn.Module) -> bool:
-    """Whether it changes anything, other than Identity and a Dropout that drops nothing."""
-    if type(layer) is nn.Dropout:
-        return layer.training and layer.p > 0
-    return type(layer) is not nn.Identity
+def _unreached_reason(module: nn.Module) -> str:
+    """Why a layer is in no run though no graph holds it; empty where its kind is never fused."""
+    if isinstance(module, nn.SyncBatchNorm):
+        return SYNC
+    if not isinstance(module, (nn.Linear, nn.BatchNorm1d)):
+        return ""
+    if runs.are_followed():
+        return FOLLOWED
+    tracks = isinstance(module, nn.BatchNorm1d) and module.track_running_stats and module.training
+    return CUMULATIVE if tracks and module.momentum is None else NOT_REACHED
 
 
 def _unfused_reason(module: nn.Module) -> str | None:
     """Why a layer is called by itself; None where its kind is never fused."""
     kind = type(module)
     if isinstance(module, nn.SyncBatchNorm):
-        return "SyncBatchNorm runs unfused"
+        return SYNC
     if not isinstance(module, _FUSIBLE):
         return None
     if kind not in _FUSIBLE:

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
 from . import functional, nodes
 from .nodes import Layer
-from .runs import ACTIVATION, BATCH_NORM, DROPOUT, LINEAR
+from .runs import ACTIVATION, BATCH_NORM, LINEAR
 
 ROWS, LAST, FIRST = "(M, N)", "(*, N)", "(B, N, L)"  # layouts of a value with N features
 ALONE = "nothing beside it to fuse with"
@@ -253,11 +254,8 @@ def _strides(values: Iterable[Any]) -> list[str]:
 def _has_strides(module: GraphModule, wanted: list[str]) -> bool:
     """Whether the graph runs on the fake tensors of its inputs, and gives these strides."""
     inputs = [nodes.value(node) for node in module.graph.nodes if node.op == "placeholder"]
-    mode = torch._guards.detect_fake_mode(inputs)
-    if mode is None:
-        return False
     try:
-        with mode:
+        with next(value.fake_mode for value in inputs if isinstance(value, FakeTensor)):
             return _strides(tree_leaves(Interpreter(module).run(*inputs))) == wanted
     except Exception:  # whatever a view, or a graph within this one, raises
         return False

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from . import costs, dispatch, plan_table, plans
+from .calls import Call
 from .explanation import Explanation, explanation_of
 from .functional import BatchNorm, linear_batch_norm_act_dropout
-from .observation import Call, observe
+from .observation import observe
 from .plan_table import Times
 from .plans import Problem
 
@@ -56,7 +57,7 @@ def tune(model: Any, *inputs: Any) -> Explanation:
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("fastnn.tune measures and waits for the device: call it before the capture of a CUDA graph")
-    calls = observe(model, inputs)
+    calls, _ = observe(model, inputs)
     served = [call for call in calls if call.path.name == "triton"]
     if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         return explanation_of(calls, (SYNC_BATCH_NORM,))

@@ -4,9 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .. import runs
 
@@ -33,7 +31,7 @@ class Sequential(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not isinstance(input, Tensor) or _is_observed():
+        if not isinstance(input, Tensor) or runs.are_followed():
             return super().forward(input)
         for part in runs.split(self):
             if observer is not None:
@@ -56,12 +54,3 @@ class Sequential(nn.Sequential):
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles in its place: it knows neither our ops nor Python's introspection."""
         return nn.Sequential(OrderedDict(self._modules))
-
-
-def _is_observed() -> bool:
-    """Whether someone follows the single layers: a hook on all modules, a tracer, an exporter, a patched class."""
-    if _has_any_global_hook():
-        return True
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return torch.jit.is_tracing() or runs.are_patched()
