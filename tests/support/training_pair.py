@@ -48,8 +48,8 @@ def make_pair(published: Published, transform: Transform, dropout: bool) -> Pair
     module: Any
     for module in plain.modules():
         if isinstance(module, nn.BatchNorm1d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2.0)
+            nn.init.normal_(module.running_mean)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
             if module.affine:
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, std=0.3)
@@ -104,9 +104,8 @@ def judge_training(published: Published, transform: Transform) -> None:
         for _ in range(STEPS):
             optimizer.zero_grad()
             outs = [out for out in tuple_of(call(*inputs)) if out.requires_grad]
-            loss: Any = sum(
-                (out - t).square().mean() for out, t in zip(outs, arranged(targets, outs, order), strict=True)
-            )
+            wanted = arranged(targets, outs, order)
+            loss: Any = sum((out - t).square().mean() for out, t in zip(outs, wanted, strict=True))
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())

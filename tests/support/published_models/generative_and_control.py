@@ -89,7 +89,7 @@ class Critic(nn.Module):
 class CrossQ(nn.Module):
     """Both batches pass the twin critics at once, so that their statistics are of both."""
 
-    def __init__(self, observation: int = 8, action: int = 3, hidden: int = 20) -> None:
+    def __init__(self, observation: int = 8, action: int = 3, hidden: int = 15) -> None:
         super().__init__()
         self.critics = nn.ModuleList([Critic(observation + action, hidden) for _ in range(2)])
 
@@ -153,7 +153,7 @@ MODELS = {
     ),
     "CrossQ": Published(
         CrossQ,
-        normal((16, 8), (16, 3), (16, 8), (16, 3)),
+        normal((12, 8), (12, 3), (12, 8), (12, 3)),
         tuple(
             run
             for critic in ("critics.0.net", "critics.1.net")

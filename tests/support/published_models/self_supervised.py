@@ -38,7 +38,7 @@ class SimSiam(nn.Module):
 
 
 class BarlowTwins(nn.Module):
-    def __init__(self, spec: str = "32-40-40") -> None:
+    def __init__(self, spec: str = "16-24-24") -> None:
         super().__init__()
         sizes = [10, *map(int, spec.split("-"))]
         layers: list[nn.Module] = []
