@@ -70,9 +70,9 @@ def judge_once(
     _ratios(_runs(ours, eager, inputs, axes, orders), floor or {}, "the given inputs")
 
 
-def judge_tensor(label: str, mine: Tensor, exact: Tensor, *eager: Tensor) -> float:
+def judge_tensor(label: str, mine: Tensor, exact: Tensor, *eager: Tensor, floor: float = 0.0) -> float:
     """Asserts that bound on one tensor, E being the errors of eager's own variants; returns the ratio to their rms."""
-    return _ratio(label, 0.0, mine, eager[0], exact, exact, *eager)
+    return _ratio(label, floor, mine, eager[0], exact, exact, *eager)
 
 
 def _orders(inputs: Tensors, axes: dict[str, str], count: int, generator: torch.Generator) -> list[Tensors]:
