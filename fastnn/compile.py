@@ -20,4 +20,4 @@ def fastnn(
 
     rewriting.rewrite(graph, alone=False)
     settings = {**(list_mode_options(mode) if mode else {}), **(options or {})}
-    return compile_fx(graph, inputs, config_patches=settings)
+    return compile_fx(graph, inputs, config_patches=settings)  # type: ignore[return-value]

@@ -61,9 +61,8 @@ def linear_batch_norm_act_dropout(
         norm = batch_norm = norm._replace(momentum=momentum, eps=float(norm.eps))
     tensors = ops.tensors_of(input, weight, bias, norm)
     if torch.compiler.is_compiling():
-        return block(
-            *tensors, None if batch_norm is None else norm.training, norm.momentum, norm.eps, activation, a, b, p
-        )
+        norm_training = None if batch_norm is None else norm.training
+        return block(*tensors, norm_training, norm.momentum, norm.eps, activation, a, b, p)
     return _run(tensors, batch_norm, norm, activation, a, b, p)
 
 

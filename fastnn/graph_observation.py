@@ -1,6 +1,7 @@
 """The runs of a model as fastnn.fuse would find them, with the tensors that arrive at them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from . import functional, nodes, rewriting, tracing
 from .calls import Call, call_of
 from .rewriting import Candidate
 
+BREAK = "torch.compile breaks the graph here, and no run crosses it"
+UNTRACED = "torch.compile cannot trace a part of the model, which runs as it is"
 _LAYERS = (nn.Linear, nn.Conv1d, nn.BatchNorm1d, nn.Dropout, *(row.module for row in functional.ACTIVATIONS.values()))
 
 
@@ -34,7 +37,7 @@ def graph_calls(
             place, layers = _place(owners, names), _kinds(candidate, owners)
             met[index] = Call(place, layers, candidate.reason)
             if candidate.fused is not None:
-                _record(candidate.fused, lambda call, index=index: met.__setitem__(index, call), place, layers)
+                _record(candidate.fused, partial(met.__setitem__, index), place, layers)
         graph.recompile()
 
         def run(*arguments: Any) -> Any:
@@ -48,10 +51,8 @@ def graph_calls(
     before = dict(counters["graph_break"])
     tracing.compiled_call(model, backend, failures.append)(*inputs)
     breaks = [reason for reason, count in counters["graph_break"].items() if count > before.get(reason, 0)]
-    notes = [f"torch.compile breaks the graph, and no run crosses it: {_first_line(reason)}" for reason in breaks]
-    notes += [
-        f"torch.compile cannot trace a part of it, which runs as it is: {_first_line(error)}" for error in failures
-    ]
+    notes = [f"{BREAK}: {_first_line(reason)}" for reason in breaks]
+    notes += [f"{UNTRACED}: {_first_line(error)}" for error in failures]
     return found, reached, list(dict.fromkeys(notes))
 
 
@@ -60,8 +61,8 @@ def _first_line(text: Any) -> str:
 
 
 def _innermost(node: Node) -> str:
-    """The key of the module whose forward the node is of; empty where it is the root's own."""
-    return next(reversed(node.meta.get("nn_module_stack") or {"": None}))
+    """The id of the module whose forward the node is of, empty for the root's own; "id@1" is of its second call."""
+    return next(reversed(node.meta.get("nn_module_stack") or {"": None})).partition("@")[0]
 
 
 def _kinds(candidate: Candidate, owners: list[nn.Module | None]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from .runs import ACTIVATION, BATCH_NORM, DROPOUT, LINEAR
 
+WRITTEN = "fastnn_written"  # in the meta of a fused run: what its layers wrote to
 _LINEAR, _CONV, _BATCH_NORM, _DROPOUT = F.linear, torch.conv1d, F.batch_norm, F.dropout
 # Names of arguments beside the input, in their order: builtins have no signature to ask.
 _PARAMETERS: dict[Any, tuple[str, ...]] = {
@@ -166,11 +167,11 @@ def is_swap(node: Node) -> bool:
     """Whether it exchanges the last two dimensions of three."""
     if node.op not in ("call_method", "call_function") or name(node) not in _SWAPS or len(shape(node) or ()) != 3:
         return False
-    dims = node.args[1:]
+    dims: Any = node.args[1:]
     dims = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
     if not all(isinstance(dim, int) for dim in dims) or node.kwargs:
         return False
-    found = [dim % 3 for dim in dims]  # type: ignore[operator]
+    found = [dim % 3 for dim in dims]
     return found == [0, 2, 1] if name(node) == "permute" else sorted(found) == [1, 2]
 
 
@@ -198,15 +199,26 @@ def counter_of(norm: Node) -> Node | None:
 
 def written(node: Node) -> set[Node] | None:
     """The nodes whose tensors it writes to; None where it may change anything, as a grad mode."""
-    if node.op in ("placeholder", "get_attr"):
-        return set()
+    if WRITTEN in node.meta or node.op in ("placeholder", "get_attr"):
+        return node.meta.get(WRITTEN, set())
     if node.target is _BATCH_NORM:
         found = _arguments(node)
         buffers = found.get("running_mean"), found.get("running_var")
         return {buffer for buffer in buffers if isinstance(buffer, Node)} if found.get("training") else set()
     if node.op == "call_method" and node.target == "add_" and isinstance(node.args[0], Node):
         return {node.args[0]} if node.args[0].op == "placeholder" else None
+    layer = layer_of(node)
+    if layer is not None and layer.in_place:
+        return set() if _is_own(node.args[0]) else None
     return set() if _is_pure(node) else None
+
+
+def _is_own(node: Any) -> bool:
+    """Whether it is a new tensor of which there is one use; where it drops nothing, dropout gives its input back."""
+    layer = layer_of(node)
+    if layer is None or len(node.users) > 1:
+        return False
+    return not (layer.in_place or layer.place == DROPOUT) or _is_own(node.args[0])
 
 
 def _is_pure(node: Node) -> bool:
@@ -220,9 +232,8 @@ def _is_pure(node: Node) -> bool:
     if isinstance(target, torch._ops.HigherOrderOperator):
         return False
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        overloads = (
-            [target] if isinstance(target, torch._ops.OpOverload) else map(target.__getattr__, target.overloads())
-        )
+        packet: Any = getattr(target, "overloadpacket", target)
+        overloads = [getattr(packet, name) for name in packet.overloads()]
         return not any(overload._schema.is_mutable for overload in overloads)
     if getattr(target, "__module__", "") == "_operator":
         return own != "setitem" and not (own[0] == "i" and hasattr(operator, own[1:]))

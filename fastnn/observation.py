@@ -60,9 +60,9 @@ def _copies(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _inside_sequentials(model: nn.Module) -> set[int]:
     """Of fastnn.nn.Sequentials and of those of their children that are single layers."""
-    found = [module for module in model.modules() if isinstance(module, Sequential)]
+    owners = [module for module in model.modules() if isinstance(module, Sequential)]
     return {
-        id(module) for module in (*found, *(child for owner in found for child in owner if not any(child.children())))
+        id(module) for owner in owners for module in (owner, *owner) if module is owner or not any(module.children())
     }
 
 

@@ -34,7 +34,7 @@ _DEFAULTS = {
 
 @dataclass
 class Candidate:
-    """A run, or a layer alone: its nodes in order, as they were; `fused` stands in the graph for them, else `reason`."""
+    """A run, or a layer alone: its nodes in order. `fused` stands in the graph for them, or `reason` says why not."""
 
     layers: list[Node]
     reason: str = ""
@@ -155,14 +155,17 @@ def _has_rows_of_input(run: _Run, view: Node) -> bool:
 
 
 def _is_undisturbed(run: _Run, last: Node, counter: Node | None) -> bool:
-    """Whether nothing from the run's first node to this one minds that the run happens here."""
+    """Whether what the run's nodes do may all happen here, after whatever stands between them."""
     own = {*run.members, last, *(node for node in (counter, run.counter) if node is not None)}
-    reads = {node for member in own for node in member.all_input_nodes} - own
-    writes: set[Node] = set().union(*(nodes.written(member) or () for member in own))
-    node = run.members[0].next
+    reads: set[Node] = set()
+    writes: set[Node] = set()
+    node = run.members[0]
     while node is not last:
-        written = set() if node in own else nodes.written(node)
-        if written is None or written & reads or (node not in own and writes.intersection(node.all_input_nodes)):
+        written = nodes.written(node)
+        if node in own:
+            reads |= {*node.all_input_nodes} - own
+            writes |= written or set()
+        elif written is None or written & reads or writes.intersection(node.all_input_nodes):
             return False
         node = node.next
     return True
@@ -178,23 +181,23 @@ def _leave_out_last_views(run: _Run) -> None:
 
 def _emit(graph: Graph, run: _Run) -> Node:
     last, leaves = run.members[-1], run.layouts[-1]
+    counter = [] if run.counter is None else [run.counter]
     given: dict[str, Any] = dict(_DEFAULTS)
     for layer in run.places.values():
         given |= layer.arguments
-    if run.counter is not None:
-        given["num_batches_tracked"] = run.counter.args[0]
+    for node in counter:
+        given["num_batches_tracked"] = node.args[0]
     arguments = (run.input, *given.values())
     with graph.inserting_before(last):
         if run.enters == leaves and (leaves == ROWS or (leaves == LAST and BATCH_NORM not in run.places)):
             fused = graph.call_function(functional.block, arguments)
         else:
             fused = graph.call_function(block_of_rows, arguments, {"enters": run.enters, "leaves": leaves})
-    fused.meta = dict(last.meta)
+    written: set[Node] = set().union(*(nodes.written(node) or () for node in (*run.members, *counter)))
+    fused.meta = {**last.meta, nodes.WRITTEN: written}
     last.replace_all_uses_with(fused)
-    for node in reversed(run.members):
+    for node in (*reversed(run.members), *counter):
         graph.erase_node(node)
-    if run.counter is not None:
-        graph.erase_node(run.counter)
     return fused
 
 

@@ -30,7 +30,7 @@ def compiled_call(
         return model._call_impl(*args, **kwargs)
 
     call.__code__ = call.__code__.replace()  # Dynamo keeps what it compiled with the code: one of its own
-    context = torch._dynamo.optimize(backend)
+    context: Any = torch._dynamo.optimize(backend)
     context.callback = _Conversion(context.callback._torchdynamo_orig_backend, context.callback.hooks, failed)
     return context(call)
 
@@ -38,8 +38,8 @@ def compiled_call(
 class _Conversion(CatchErrorsWrapper):
     """Dynamo's conversion of a frame, under SETTINGS; entering them at every call would cost 12 µs.
 
-    A frame that it cannot convert, as of a call with a wrong shape, runs as it is. The next one is tried again, since it
-    may have been the input's fault, but RETRIES times in all.
+    A frame that it cannot convert, as of a call with a wrong shape, runs as it is. The next one is tried again, since
+    it may have been the input's fault, but RETRIES times in all.
     """
 
     def __init__(self, convert: Any, hooks: Any, failed: Callable[[Exception], Any] | None) -> None:
