@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch._dynamo import lookup_backend
 from torch.fx import GraphModule
 
 from . import rewriting
@@ -15,9 +17,7 @@ def fastnn(
 
     mode, options: Inductor's, as ``torch.compile`` takes them.
     """
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
     rewriting.rewrite(graph, alone=False)
-    settings = {**(list_mode_options(mode) if mode else {}), **(options or {})}
-    return compile_fx(graph, inputs, config_patches=settings)  # type: ignore[return-value]
+    settings = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
+    inductor: Any = lookup_backend("inductor")
+    return inductor(graph, inputs, config_patches=settings)

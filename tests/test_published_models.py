@@ -1,4 +1,7 @@
-"""A transformed model of the zoo trains as the plain one does, by the rule of support.numerics."""
+"""fuse and the backend on models in the styles of published code: which runs they find, and that training stays equal.
+
+By the rule of support.numerics, beside the plain model.
+"""
 
 import pytest
 import torch
@@ -6,14 +9,19 @@ import torch.nn.functional as F
 from support.published_models import MODELS
 from support.training_pair import drops, judge_dropout, judge_step, judge_training
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager_decomp_partition
 
-from fastnn import dispatch
+import fastnn
+from fastnn import dispatch, rewriting
 
-# Where it goes on after a graph break, Dynamo asks tensors that are no leaves for .grad, and hides the warning of it
-# from those who print it, not from those who raise it.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+pytestmark = [
+    # Where it goes on after a graph break, Dynamo asks tensors that are no leaves for .grad, and hides the warning of
+    # it from those who print it, not from those who raise it.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # by Inductor's import
+]
 
-TRANSFORMS = {"recompiled": lambda model: torch.compile(model, backend="eager")}
+TRANSFORMS = {"fuse": fastnn.fuse, "backend": lambda model: torch.compile(model, backend="fastnn")}
 WITH_DROPOUT = [name for name, published in MODELS.items() if drops(published.make())]
 INTERPRETED = ("course DNN",)  # all of them would train in Triton's interpreter for six minutes of a core
 
@@ -26,6 +34,16 @@ def nothing_compiled():
     torch.compiler.reset()
 
 
+@pytest.fixture(autouse=True)
+def without_code(monkeypatch):
+    """Inductor's frontend alone: its code for a CPU takes seconds a graph to compile, as test_compile.py lets it."""
+
+    def inductor(graph, inputs, config_patches):
+        return aot_eager_decomp_partition(graph, inputs)
+
+    monkeypatch.setattr("fastnn.compile.lookup_backend", lambda name: inductor)
+
+
 @pytest.fixture
 def eager_path(name, monkeypatch):
     """The many steps and draws of most models are computed by torch's ops, whatever op they are part of."""
@@ -33,18 +51,64 @@ def eager_path(name, monkeypatch):
         monkeypatch.setattr(dispatch, "HAS_KERNELS", False)
 
 
+def called(names):
+    """As explain writes names: children of one container, by number, as "net.0-3"."""
+    containers, children = zip(*(name.rpartition(".")[::2] for name in names), strict=True)
+    if len(names) > 1 and len({*containers}) == 1 and all(child.isdigit() for child in children):
+        return f"{names[0]}-{children[-1]}"
+    return ", ".join(names)
+
+
+def kinds(layers):
+    return tuple(layer.lower().replace("_", "") for layer in layers)
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_runs_are_of_the_model(name):
-    modules = dict(MODELS[name].make().named_modules(remove_duplicate=False))
-    for run in MODELS[name].runs:
-        called = [type(modules[module]).__name__.lower() for module in run.modules]
-        layers = [layer.lower().replace("_", "") for layer in run.layers]
-        assert called == [layer for layer in layers if layer in called]
+def test_explain_names_every_run(name):
+    model = MODELS[name].make()
+    explained = fastnn.explain(model, *MODELS[name].inputs(0))
+    names = {id(module): name for name, module in model.named_modules()}  # of several, the first
+    expected = {
+        (called([names[id(model.get_submodule(module))] for module in run.modules]), kinds(run.layers))
+        for run in MODELS[name].runs
+    }
+    found = {(row.modules, kinds(row.layers.split(" + "))) for row in explained.rows if row.fused}
+    assert {run for run in found if len(run[1]) > 1} == expected
+    assert all(row.reason for row in explained.rows if not row.fused)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("eager_path")
+def test_the_backend_finds_the_runs_that_fuse_finds(name, monkeypatch):
+    found, rewrite = [], rewriting.rewrite
+
+    def recorded(*given, **options):
+        found.append(rewrite(*given, **options))
+        return found[-1]
+
+    monkeypatch.setattr(rewriting, "rewrite", recorded)
+    runs = []
+    for transform in TRANSFORMS.values():
+        found.clear()
+        transform(MODELS[name].make())(*MODELS[name].inputs(0))
+        runs.append([[str(node) for node in run.layers] for graph in found for run in graph if len(run.layers) > 1])
+    assert runs[0] == runs[1]
+    assert len(runs[0]) == len(MODELS[name].runs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unfused_is_the_original(name):
+    model = MODELS[name].make()
+    before = dict(model.__dict__)
+    assert fastnn.unfuse(fastnn.fuse(model)) is model
+    assert model.__dict__ == before
 
 
 @transformed
 @pytest.mark.parametrize("name", MODELS)
-def test_a_step_in_each_mode(name, transform):
+def test_a_step_in_each_mode(name, transform, request):
+    if transform is not fastnn.fuse:  # the same graphs
+        request.getfixturevalue("eager_path")
     judge_step(MODELS[name], transform)
 
 
@@ -55,11 +119,14 @@ def test_twenty_steps(name, transform):
     judge_training(MODELS[name], transform)
 
 
-@transformed
 @pytest.mark.parametrize("name", WITH_DROPOUT)
 @pytest.mark.usefixtures("eager_path")
-def test_dropout(name, transform):
-    judge_dropout(MODELS[name], transform)
+def test_dropout(name):
+    judge_dropout(MODELS[name], fastnn.fuse)
+
+
+def test_dropout_through_the_backend():
+    judge_dropout(MODELS["course DNN"], TRANSFORMS["backend"])
 
 
 def another_eps(model):

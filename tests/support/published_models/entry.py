@@ -14,13 +14,11 @@ class Run(NamedTuple):
     """A maximal run of [Linear] [BatchNorm1d] [activation] [Dropout] in a training forward, two or more of them.
 
     modules are those called for it, by the names they are called by, as a shared one has several; a functional is part
-    of layers alone. layers name activations as fastnn.activations does. fused is False where a BatchNorm1d gets three
-    dimensions. A module that is called twice is in two runs.
+    of layers alone. layers name activations as fastnn.activations does. A module that is called twice is in two runs.
     """
 
     modules: tuple[str, ...]
     layers: tuple[str, ...]
-    fused: bool = True
 
 
 def in_order(inputs: Inputs, order: Tensor) -> Inputs:
@@ -72,6 +70,7 @@ def under(prefix: str, *names: object) -> tuple[str, ...]:
 
 LINEAR_ACT = ("Linear", "relu")
 NORM_ACT = ("BatchNorm1d", "relu")
+CONV_NORM_ACT = ("Conv1d", "BatchNorm1d", "relu")
 LINEAR_NORM = ("Linear", "BatchNorm1d")
 LINEAR_NORM_ACT = ("Linear", "BatchNorm1d", "relu")
 WHOLE = ("Linear", "BatchNorm1d", "relu", "dropout")

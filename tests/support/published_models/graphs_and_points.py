@@ -4,7 +4,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .entry import LINEAR_ACT, LINEAR_NORM_ACT, NORM_ACT, WHOLE, Inputs, Published, Run, indices, normal, under
+from .entry import (
+    CONV_NORM_ACT,
+    LINEAR_ACT,
+    LINEAR_NORM_ACT,
+    NORM_ACT,
+    WHOLE,
+    Inputs,
+    Published,
+    Run,
+    indices,
+    normal,
+    under,
+)
 
 
 class TNet(nn.Module):
@@ -186,10 +198,11 @@ MODELS = {
         PointNet,
         normal((14, 3, 10)),
         (
-            Run(("stn.bn1",), NORM_ACT, fused=False),
-            Run(("stn.bn2",), NORM_ACT, fused=False),
+            Run(("stn.conv1", "stn.bn1"), CONV_NORM_ACT),
+            Run(("stn.conv2", "stn.bn2"), CONV_NORM_ACT),
             Run(("stn.fc1", "stn.bn3"), LINEAR_NORM_ACT),
-            Run(("bn1",), NORM_ACT, fused=False),
+            Run(("conv1", "bn1"), CONV_NORM_ACT),
+            Run(("conv2", "bn2"), ("Conv1d", "BatchNorm1d")),
             Run(("fc1", "bn3", "relu"), LINEAR_NORM_ACT),
             Run(("fc2", "dropout"), ("Linear", "dropout")),
             Run(("bn4",), NORM_ACT),
@@ -209,7 +222,13 @@ MODELS = {
     "DiffPool": Published(
         DiffPool,
         normal((12, 6, 4), (12, 6, 6)),
-        (Run(("pool.lin",), LINEAR_ACT), Run(("embed.lin",), LINEAR_ACT), Run(("lin1",), LINEAR_ACT)),
+        (
+            Run(("pool.bn2",), NORM_ACT),
+            Run(("pool.lin",), LINEAR_ACT),
+            Run(("embed.bn2",), NORM_ACT),
+            Run(("embed.lin",), LINEAR_ACT),
+            Run(("lin1",), LINEAR_ACT),
+        ),
     ),
     "MAG240M's MLP": Published(
         MagMlp, normal((48, 15)), (Run(("lins.0", "bns.0"), WHOLE), Run(("lins.1", "bns.1"), WHOLE))
