@@ -12,6 +12,10 @@ import torch  # noqa: E402
 
 from fastnn import memory, plans  # noqa: E402
 
+if DEVICE == "cpu":
+    from support.interpreter import without_waste
+
+    without_waste()
 torch.set_num_threads(1)  # tests run in as many processes as there are cores
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from fastnn import plans
 from support.blocks import Block
 from support.figures import Row, counted
-from support.interpreter import count_accesses
+from support.interpreter import count_accesses, without_waste
 from support.ops_log import OpsLog, ops_of_a_gpu
 
 K = 5
@@ -126,4 +126,5 @@ def rows() -> list[Row]:
 
 
 if __name__ == "__main__":
+    without_waste()
     json.dump(rows(), sys.stdout)

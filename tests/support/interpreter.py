@@ -1,11 +1,11 @@
-"""What kernels do in Triton's interpreter: the bytes they touch, and whether the order of programs matters.
+"""What kernels do in Triton's interpreter: the bytes they touch, and whether the order of programs matters. Its speed.
 
 For processes in which TRITON_INTERPRET=1 was set before the kernels were imported, with tensors on the CPU.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from inspect import signature
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import triton
+from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, interpreter_builder
 
 # Loads and stores without a mask, by block pointer or by descriptor all end in the masked ones.
@@ -70,6 +71,42 @@ class Accesses:
         """The bytes of all arguments of this shape, in the order of launches and parameters."""
         arguments = [argument for launch in self.launches for argument in launch.arguments.values()]
         return [argument for argument in arguments if argument.shape == shape]
+
+
+def without_waste() -> None:
+    """Leaves out what Triton's interpreter does over and over to no effect: half its time.
+
+    It puts its functions into triton.language anew in each call of a device function, a millisecond each; computes for
+    each sum of integers in int64 whether it overflows, for an assertion that is on in debug mode only; and makes a
+    table of dtypes whenever it looks one up.
+    """
+    options = interpreter_builder.options
+    if not options.debug:
+        interpreter_builder.options = replace(options, sanitize_overflow=False)
+    dtype_of, dtypes = interpreter._get_np_dtype, {}  # by name of the scalar
+
+    def known_dtype(type_: Any) -> np.dtype:
+        name = type_.scalar.name
+        if name not in dtypes:
+            dtypes[name] = dtype_of(type_)
+        return dtypes[name]
+
+    interpreter._get_np_dtype = known_dtype
+    put, restore = interpreter._patch_lang, interpreter._LangPatchScope.restore
+    scopes: dict[int, Any] = {}  # of this launch, by the namespace that names triton.language
+
+    def put_once(function: Any) -> Any:
+        place = id(function.__globals__)
+        if place not in scopes:
+            scopes[place] = put(function)
+        return scopes[place]
+
+    def restore_all(scope: Any) -> None:  # at a launch's end
+        scopes.clear()
+        restore(scope)
+
+    interpreter._patch_lang = put_once
+    interpreter._LangPatchScope.restore = restore_all
 
 
 @contextmanager

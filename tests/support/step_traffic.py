@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from support.figures import Row, counted
-from support.interpreter import count_accesses
+from support.interpreter import count_accesses, without_waste
 from support.ops_log import Op, OpsLog
 from support.optimizers import SEVEN, ours, parameters, set_gradients, theirs
 
@@ -116,4 +116,5 @@ def rows() -> list[Row]:
 
 
 if __name__ == "__main__":
+    without_waste()
     json.dump(rows(), sys.stdout)
