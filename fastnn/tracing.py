@@ -55,6 +55,7 @@ class _Conversion(CatchErrorsWrapper):
             if self._failed is not None:
                 self._failed(error)
             self._failures[frame.f_code] += 1
-            given_up = self._failures[frame.f_code] > RETRIES
-            alone = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
-            return ConvertFrameReturn(frame_exec_strategy=alone, apply_to_code=given_up)
+            given_up = self._failures[frame.f_code] > RETRIES  # what has been compiled for other inputs still runs
+            action = FrameAction.RUN_ONLY if given_up else FrameAction.SKIP
+            strategy = FrameExecStrategy(action, action)
+            return ConvertFrameReturn(frame_exec_strategy=strategy, apply_to_code=given_up)

@@ -14,7 +14,10 @@ from torch.nn.utils import parametrizations
 import fastnn
 from fastnn import tracing
 
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # Dynamo's
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # by Inductor's import
+]
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +159,11 @@ def eval_inside_train(net):
     return net
 
 
+def frozen(net):
+    net.fc2.requires_grad_(False)
+    return net
+
+
 def half_frozen(net):
     for module in (net.fc1, net.bn1):
         module.requires_grad_(False)
@@ -191,12 +199,11 @@ MODELS = {  # and how many blocks they run
     "an overwritten input": (lambda: half_frozen(OverwritesInput()), 0),
     "statistics read": (ReadsStatistics, 1),
     "control flow by data": (Branches, 2),
-    "other modes": (OtherModes, 0),
+    "other modes": (lambda: frozen(OtherModes()), 1),  # fc2 alone, which needs no casts
     "another dimension": (Normalises, 0),
     "eval inside train": (lambda: eval_inside_train(Net()), 2),
     "half frozen": (lambda: half_frozen(Net()), 2),
     "a subclass of Linear": (lambda: replaced(Net(), "fc1", Scaled(6, 8)), 2),
-    "a patched forward": (lambda: patched(Net()), 2),
     "a cumulative average": (lambda: cumulative(Net()), 1),
     "nn.Sequential": (lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)), 1),
     "fastnn.nn.Sequential inside": (lambda: nn.Sequential(fastnn.nn.Sequential(nn.Linear(6, 8), nn.Tanh()), Net(8)), 3),
@@ -224,7 +231,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x):
-        x = self.back(F.relu(self.bn(self.fc(x))))
+        x = x + 0.1 * self.back(F.relu(self.bn(self.fc(x))))
         if self.breaks and x.sum() > 1e6:
             return -x
         return x
@@ -271,6 +278,13 @@ def test_changes_after_fusing_are_seen(case):
         CHANGES[case](model)
     dtype = plain.head.weight.dtype
     assert_same_steps(plain, fused, torch.randn(20, 6, dtype=dtype), torch.randn(9, 6, dtype=dtype))
+
+
+def test_a_forward_patched_before():
+    plain, fused = Net(), Net()
+    fused.load_state_dict(plain.state_dict())
+    assert_same_steps(patched(plain), fastnn.fuse(patched(fused)))
+    assert blocks(fused, torch.randn(20, 6)) == 2
 
 
 def test_a_hook_that_is_removed_again():
@@ -366,7 +380,6 @@ def test_without_gradients(mode):
         assert_same_steps(plain, fused)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_tracers_see_the_layers():
     plain, fused = pair()
     plain.eval(), fused.eval()
@@ -382,6 +395,14 @@ def test_tracers_see_the_layers():
         torch.testing.assert_close(fused(x), expected)
 
 
+def error_of(model, x):
+    try:
+        model(x)
+    except Exception as error:
+        return error
+    raise AssertionError("it raised nothing")
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
     "wrong",
@@ -394,10 +415,7 @@ def test_wrong_input_raises_what_the_plain_model_raises(compiled, wrong):
     if compiled:
         fused(x), plain(x)
     for _ in range(tracing.RETRIES + 2):
-        with pytest.raises(Exception, match="") as expected:
-            plain(wrong)
-        with pytest.raises(expected.type, match=re.escape(str(expected.value)[:20])):
-            fused(wrong)
+        assert type(error_of(fused, wrong)) is type(error_of(plain, wrong))
     if compiled:
         assert blocks(fused, x) == 2
 
