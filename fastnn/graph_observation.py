@@ -32,7 +32,7 @@ def graph_calls(
         candidates = rewriting.rewrite(graph, alone=True)
         met: dict[int, Call] = {}
         for index, candidate in enumerate(candidates):
-            owners = [modules.get(_innermost(node)) for node in candidate.layers]
+            owners = [modules.get(_innermost(node), model) for node in candidate.layers]
             reached.update(id(owner) for owner in owners)
             place, layers = _place(owners, names), _kinds(candidate, owners)
             met[index] = Call(place, layers, candidate.reason)
@@ -65,7 +65,7 @@ def _innermost(node: Node) -> str:
     return next(reversed(node.meta.get("nn_module_stack") or {"": None})).partition("@")[0]
 
 
-def _kinds(candidate: Candidate, owners: list[nn.Module | None]) -> tuple[str, ...]:
+def _kinds(candidate: Candidate, owners: list[nn.Module]) -> tuple[str, ...]:
     """The layer's type, or the function's name where a forward calls one itself."""
     return tuple(
         type(owner).__name__ if isinstance(owner, _LAYERS) else nodes.name(node)
@@ -73,11 +73,11 @@ def _kinds(candidate: Candidate, owners: list[nn.Module | None]) -> tuple[str, .
     )
 
 
-def _place(owners: list[nn.Module | None], names: dict[int, str]) -> str:
+def _place(owners: list[nn.Module], names: dict[int, str]) -> str:
     """Names of the modules in the model, one after another as "net.0-3"."""
     given = list(dict.fromkeys(names[id(owner)] for owner in owners if isinstance(owner, _LAYERS)))
-    if not given:
-        return names.get(id(owners[0]), "") or "model"
+    if not any(given):
+        return names[id(owners[0])] or "model"
     parents, children = zip(*(name.rpartition(".")[::2] for name in given), strict=True)
     if len(given) > 1 and len(set(parents)) == 1 and all(map(str.isdigit, children)):
         return f"{given[0]}-{children[-1]}"

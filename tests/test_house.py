@@ -26,12 +26,19 @@ LAYERS = {
     "ops": {"recipes", "specs", "memory", "plans", "dispatch", "reference", "kernels"},
     "functional": {"ops", "memory", "seeds", "plans", "dispatch", "reference", "activations"},
     "runs": {"functional", "activations", "reference"},
+    "nodes": {"runs"},
+    "rewriting": {"nodes", "runs", "functional"},
+    "tracing": set(),
+    "fuse": {"tracing", "rewriting", "runs"},
+    "compile": {"rewriting"},
     "memory": set(),
     "nn": {"runs", "functional", "dispatch", "kernels", "memory"},  # the last three for nn.utils
-    "observation": {"nn", "runs", "functional", "plans", "dispatch"},
-    "explanation": {"observation", "plans", "costs", "dispatch"},
+    "calls": {"functional", "plans", "dispatch"},
+    "graph_observation": {"calls", "tracing", "rewriting", "nodes", "functional"},
+    "observation": {"graph_observation", "calls", "nn", "runs"},
+    "explanation": {"observation", "calls", "plans", "costs", "dispatch"},
     "plan_table": {"plans", "dispatch"},
-    "tuning": {"explanation", "observation", "plan_table", "functional", "plans", "costs", "dispatch"},
+    "tuning": {"explanation", "observation", "calls", "plan_table", "functional", "plans", "costs", "dispatch"},
     "optim": {"dispatch", "kernels", "memory"},
 }
 SOURCES = [

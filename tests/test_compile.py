@@ -1,0 +1,76 @@
+"""torch.compile(model, backend="fastnn"): through the entry point, with Inductor for the rest."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastnn
+
+pytestmark = [
+    pytest.mark.real_empty,
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # by Inductor's import
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # by AOTAutograd
+]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    yield
+    torch.compiler.reset()
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(3, 8, 1), nn.BatchNorm1d(8)
+        self.fc, self.bn, self.head = nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        x = F.gelu(self.norm(self.conv(x))).max(2).values
+        x = self.drop(F.relu(self.bn(self.fc(x))))
+        return F.log_softmax(self.head(x).sin(), 1)
+
+
+def test_installing_registers_it():
+    assert "fastnn" in torch._dynamo.list_backends()
+
+
+@pytest.mark.parametrize("settings", [{}, {"mode": "reduce-overhead"}, {"options": {"epilogue_fusion": False}}])
+def test_a_step_of_inductor_equals_eagers(settings):
+    """In one graph, for every batch size after the second."""
+    plain = Net()
+    plain.drop.p = 0.0
+    model = copy.deepcopy(plain)
+    compiled = torch.compile(model, backend="fastnn", fullgraph=True, **settings)
+    for B in (4, 6, 7) if not settings else (4,):
+        x = torch.randn(B, 3, 5)
+        outs = [call(x) for call in (plain, compiled)]
+        torch.testing.assert_close(*outs)
+        g = torch.randn_like(outs[0])
+        for module, out in zip((plain, model), outs, strict=True):
+            module.zero_grad()
+            out.backward(g)
+        for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+
+def test_each_step_drops_others():
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Dropout(0.5))
+    nn.init.ones_(model[0].bias)
+    nn.init.zeros_(model[0].weight)
+    compiled = torch.compile(model, backend="fastnn")
+    first, second = (compiled(torch.ones(64, 8)) != 0 for _ in range(2))
+    for mask in (first, second, first == second):
+        assert (mask.double().mean() - 0.5).abs() < 5 * 0.5 / 64
+
+
+def test_fastnn_modules_keep_their_own_path():
+    model = fastnn.nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU())
+    x = torch.randn(12, 8)
+    compiled = torch.compile(copy.deepcopy(model), backend="fastnn", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
