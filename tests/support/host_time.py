@@ -11,19 +11,22 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 import fastnn
+from fastnn import dispatch
 from support.ahead_of_time import stand_in_driver
 from support.figures import Row
-from support.ops_log import paths_of_a_gpu
 from support.optimizers import parameters, set_gradients
 
 TENSORS = (10, 60, 300)
 TURNS = 7
+FUSED = "fuse"
 Times = dict[str, list[float]]
 
 
@@ -76,6 +79,13 @@ class Nodes(nn.Sequential):
         return input
 
 
+class OneOpDropout(nn.Dropout):
+    """Eager's on a GPU; a CPU makes three ops of it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.native_dropout(input, self.p, True)[0]
+
+
 def block_steps(blocks: int, backward: bool) -> dict[str, Callable[[], Any]]:
     """Forward, and backward if asked for, of Linear + BatchNorm1d + ReLU + Dropout on 8 x 8 elements, so many of them.
 
@@ -83,11 +93,11 @@ def block_steps(blocks: int, backward: bool) -> dict[str, Callable[[], Any]]:
     """
     x, g = torch.randn(8, 8, requires_grad=True), torch.randn(8, 8)
 
-    def step_of(kind: type[nn.Sequential]) -> Callable[[], Any]:
+    def step_of(make: Callable[..., nn.Module], dropout: type[nn.Module] = nn.Dropout) -> Callable[[], Any]:
         layers: list[nn.Module] = []
         for _ in range(blocks):
-            layers += [nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5)]
-        model = kind(*layers)
+            layers += [nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), dropout(0.5)]
+        model = make(*layers)
         leaves = [x, *model.parameters()]
 
         def step() -> None:
@@ -97,7 +107,12 @@ def block_steps(blocks: int, backward: bool) -> dict[str, Callable[[], Any]]:
 
         return step if backward else lambda: model(x)
 
-    return {"eager": step_of(nn.Sequential), "a node alone": step_of(Nodes), "fastnn": step_of(fastnn.nn.Sequential)}
+    return {
+        "eager": step_of(nn.Sequential, OneOpDropout),
+        "a node alone": step_of(Nodes),
+        "fastnn": step_of(fastnn.nn.Sequential),
+        FUSED: step_of(lambda *layers: fastnn.fuse(nn.Sequential(*layers))),
+    }
 
 
 def block_rows(launches: list[Any]) -> list[Row]:
@@ -109,7 +124,9 @@ def block_rows(launches: list[Any]) -> list[Row]:
             launches.clear()
             case = ("one" if blocks == 1 else f"each of {blocks}") + (" with its backward" if backward else " forward")
             each = {name: [turn / blocks for turn in turns] for name, turns in times.items()}
+            fused = {"eager": each["eager"], "fastnn": each.pop(FUSED)}
             found += host_rows("host time of a block", case, each)
+            found += host_rows("host time of a block in a model after fastnn.fuse", case, fused)
     return found
 
 
@@ -125,10 +142,15 @@ def host_rows(figure: str, case: str, times: Times) -> list[Row]:
     return rows
 
 
+def kernels_taken() -> AbstractContextManager[Any]:
+    """By tensors of any device."""
+    return patch.object(dispatch, "device_path", lambda device: dispatch.Path("triton"))
+
+
 def rows() -> list[Row]:
     torch.set_num_threads(1)
     found: list[Row] = []
-    with stand_in_driver(90) as launches, paths_of_a_gpu():
+    with stand_in_driver(90) as launches, kernels_taken():
         for count in TENSORS:
             times = in_turns(adam_steps(count))
             found += host_rows("host time of an optimizer step", f"Adam, {count} tensors", times)
