@@ -56,8 +56,9 @@ def graph_calls(
     return found, reached, list(dict.fromkeys(notes))
 
 
-def _first_line(text: Any) -> str:
-    return next(iter(str(text).strip().splitlines()), type(text).__name__)
+def _first_line(reason: Any) -> str:
+    reason = getattr(reason, "inner_exception", reason)
+    return next(iter(str(reason).strip().splitlines()), type(reason).__name__)
 
 
 def _innermost(node: Node) -> str:

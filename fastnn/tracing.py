@@ -8,7 +8,10 @@ import torch
 from torch import nn
 from torch._dynamo.convert_frame import CatchErrorsWrapper
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
+from torch._functorch.autograd_function import autograd_function_apply
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
 # For the frames of a fused model alone. A hook that comes later must be seen; 24 blocks of one class, each with a break
 # of the graph in it, are 24 compilations of one code.
@@ -30,9 +33,31 @@ def compiled_call(
         return model._call_impl(*args, **kwargs)
 
     call.__code__ = call.__code__.replace()  # Dynamo keeps what it compiled with the code: one of its own
-    context: Any = torch._dynamo.optimize(backend)
+
+    def runnable(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        _run_checkpoints_eagerly(graph)
+        return backend(graph, inputs)
+
+    context: Any = torch._dynamo.optimize(runnable)
     context.callback = _Conversion(context.callback._torchdynamo_orig_backend, context.callback.hooks, failed)
     return context(call)
+
+
+def _run_checkpoints_eagerly(graph: GraphModule) -> None:
+    """Dynamo's own operator for them saves all that goes in, and so raises where BatchNorm counts a batch."""
+    for module in graph.modules():
+        if "_checkpoint_context_fn" in getattr(module, "meta", {}):
+            raise NotImplementedError("a checkpoint that selects what to save")
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+                node.target = _checkpoint
+            elif isinstance(node.target, HigherOrderOperator) and node.target is not autograd_function_apply:
+                raise NotImplementedError(f"the operator {node.target.name()}")
+
+
+def _checkpoint(body: GraphModule, *inputs: Any, preserve_rng_state: bool = True, **settings: Any) -> Any:
+    """Its inputs come by way of the closure, from where torch.utils.checkpoint does not save them."""
+    return checkpoint(lambda: body(*inputs), use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
 class _Conversion(CatchErrorsWrapper):

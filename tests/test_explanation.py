@@ -5,12 +5,13 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import block_traffic
 from support.ops_log import paths_of_a_gpu
 from torch import nn
 
 import fastnn
-from fastnn import dispatch, explanation, observation, plans
+from fastnn import dispatch, explanation, graph_observation, observation, plans
 from fastnn.nn import sequential
 
 
@@ -86,6 +87,46 @@ def test_runs_within_any_model_by_their_names():
     assert rows[3].reason == observation.NOT_REACHED
     assert rows[4].reason == "alone, and the library's gradients are the plan"
     assert (rows[0].backward, rows[2].backward) == ("columns + library", "columns + grouped")
+
+
+class Handwritten(nn.Module):
+    """Runs of functions and modules, across a break of the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.bn, self.drop = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.5)
+        self.scale, self.average = nn.Parameter(torch.ones(16, 16)), nn.BatchNorm1d(16, momentum=None)
+        self.net = nn.Sequential(nn.Linear(16, 4), nn.ReLU())
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x):
+        x = self.drop(F.gelu(self.bn(self.fc(x))))
+        x = F.linear(x, self.scale).tanh()
+        if x.sum() > 1e6:
+            return x
+        return self.net(self.average(x).sin())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's
+def test_any_model_by_what_fuse_would_do():
+    model, x = Handwritten(), torch.randn(12, 8)
+    found = fastnn.explain(model, x)
+    rows = {row.modules: row for row in found.rows}
+    assert {name: (row.layers, row.fused) for name, row in rows.items()} == {
+        "fc, bn, drop": ("Linear + BatchNorm1d + gelu + Dropout", True),
+        "model": ("linear + tanh", True),
+        "net.0-1": ("Linear + ReLU", True),
+        "average": ("BatchNorm1d", False),
+        "unused": ("Linear", False),
+    }
+    assert rows["fc, bn, drop"].forward == "whole_batch"
+    assert rows["average"].reason == observation.CUMULATIVE
+    assert rows["unused"].reason == observation.NOT_REACHED
+    assert [note.partition(":")[0] for note in found.notes] == [explanation.INTERPRETED.partition(":")[0]] + [
+        graph_observation.BREAK
+    ] * (len(found.notes) - 1)
+    assert len(found.notes) > 1
+    assert fastnn.explain(fastnn.fuse(model), x) == found
 
 
 def test_a_layer_used_twice_is_named_by_its_place():
@@ -185,12 +226,22 @@ def equal(before, after):
     return same and modes == their_modes and generator.equal(their_generator)
 
 
+class Convolutions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.drop = nn.Conv1d(784, 8, 1), nn.BatchNorm1d(8), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(F.relu(self.bn(self.conv(x.unsqueeze(2)))))
+
+
 class StartsInPlace(fastnn.nn.Sequential):
     def __init__(self):
         super().__init__(nn.ReLU(inplace=True), *stack(momentum=None))
 
 
-@pytest.mark.parametrize("make", [stack, Encoder, hooked, StartsInPlace])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's
+@pytest.mark.parametrize("make", [stack, Encoder, hooked, StartsInPlace, Convolutions])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
 def test_nothing_is_changed(make, training, grad):
