@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 NOT_INSTALLED = "Triton is not installed"
 try:
@@ -22,6 +24,9 @@ INTERPRETED = HAS_KERNELS and bool(getattr(_INTERPRETED, "value", _INTERPRETED))
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MINIMUM_CAPABILITY = (8, 0)  # bf16 and tf32 tensor cores, 163 KiB of shared memory
 MAX_FEATURES = 1 << 20  # a tile's offsets are 32-bit: rows of a tile (<= 1024) times features < 2^31
+
+
+PLAIN, STAND_INS = (Tensor, nn.Parameter), (FakeTensor, FunctionalTensor)
 
 
 class Machine(NamedTuple):
@@ -91,9 +96,14 @@ def device_path(device: torch.device) -> Path:
     return Path("eager", reason) if reason else Path("triton")
 
 
+def is_traced() -> bool:
+    """Whether torch.compile traces the call: Dynamo, or AOTAutograd, for which torch 2.11's is_compiling() is False."""
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+
+
 def _transform_reason() -> str:
     """A function transform around the call that autograd.Function cannot serve."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return ""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "inside a torch.func transform"
@@ -118,7 +128,7 @@ def path(input: Tensor, dtype: torch.dtype, features: int, tensors: tuple[Tensor
     for tensor in (input, *tensors):
         if tensor is None:
             continue
-        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+        if type(tensor) not in PLAIN and not (type(tensor) in STAND_INS and is_traced()):
             return Path("eager", f"tensor subclass {type(tensor).__name__}")
         if tensor.device != input.device:
             return Path("eager", "tensors on different devices")

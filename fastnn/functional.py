@@ -155,7 +155,7 @@ def _settle(
 
 def _linear_gains(input: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether a Linear alone, or what is no Linear, is ours."""
-    if weight is None or torch.compiler.is_compiling():
+    if weight is None or dispatch.is_traced():
         return weight is None
     others = input.requires_grad or (bias is not None and bias.requires_grad)
     several = torch.is_grad_enabled() and weight.requires_grad and others

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import plans, recipes, reference
-from .dispatch import launch
+from .dispatch import is_traced, launch
 from .memory import is_plain
 from .specs import BlockSpec, saved_elements, stats_of
 
@@ -33,7 +33,7 @@ Tensors = tuple[Tensor | None, ...]  # input, weight, bias, gamma, beta, running
 
 def is_observed() -> bool:
     """Whether someone follows the ops: a tracer, torch.compile or a dispatch mode."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return True
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
         return True
@@ -115,7 +115,7 @@ class Block(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         call, needs, tensors = ctx.call, ctx.needs_input_grad, ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not is_traced():
             grads = _differentiable_backward(call, needs, tensors, grad)
         elif call.recipe is None or is_observed() or not is_plain(grad):
             norm, _, _, *epilogue = call.settings

@@ -221,7 +221,7 @@ def rounds_operands(M: int, N: int, K: int, dtype: torch.dtype, device: torch.de
     asynchronously, and are half the bytes of each of its rereads. So is a traced one: Inductor fuses casts, and the
     answer would be guarded on the batch size.
     """
-    if torch.compiler.is_compiling() or linear_backward_plan(M, N, K, dtype, device) != "grouped":
+    if dispatch.is_traced() or linear_backward_plan(M, N, K, dtype, device) != "grouped":
         return False
     one_launch = "whole_batch" if norm == "batch" else "epilogue"
     return forward_plan(M, N, K, dtype, device, norm, save) == one_launch

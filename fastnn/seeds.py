@@ -6,6 +6,8 @@ import threading
 import torch
 from torch import Tensor
 
+from .dispatch import is_traced
+
 _SEED_DOMAIN = 0x6661_7374_6E6E  # "fastnn": keeps our Philox keys apart from torch's own use of (seed, offset)
 _WORD64 = (1 << 64) - 1
 _generator_lock = threading.Lock()
@@ -32,7 +34,7 @@ def dropout_seed(device: torch.device) -> Tensor:
     default one as well: a kernel with a seed on the device is another one, which the usual warm-up on a side stream
     then loads, as a capture should not.
     """
-    if device.type != "cuda" or torch.compiler.is_compiling() or _on_side_stream(device):
+    if device.type != "cuda" or is_traced() or _on_side_stream(device):
         return torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64, device=device)
     generator = torch.cuda.default_generators[device.index]
     with _generator_lock:

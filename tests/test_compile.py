@@ -1,13 +1,17 @@
 """torch.compile(model, backend="fastnn"): through the entry point, with Inductor for the rest."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import fastnn
+from fastnn import seeds
 
 pytestmark = [
     pytest.mark.real_empty,
@@ -57,6 +61,44 @@ def test_a_step_of_inductor_equals_eagers(settings):
         for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
         torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+
+def counted(model, x, monkeypatch):
+    """Calls of our ops in the graphs that AOTAutograd makes, forward and backward."""
+    found = []
+
+    def compiler(graph, inputs):
+        called = [str(part) for node in graph.graph.nodes for part in (node.target, *node.args[:1])]
+        found.extend(name for name in called if name.startswith("fastnn."))  # or an argument of what functionalises it
+        return make_boxed_func(graph.forward)
+
+    inductor = aot_autograd(fw_compiler=compiler)
+    monkeypatch.setattr("fastnn.compile.lookup_backend", lambda name: lambda *given, config_patches: inductor(*given))
+    torch.compile(model, backend="fastnn", fullgraph=True)(x).sum().backward()
+    return len(found)
+
+
+@pytest.mark.parametrize("flagged", [True, False])
+def test_runs_are_our_ops(flagged, monkeypatch):
+    """Also where is_compiling() is False for AOTAutograd, as in torch 2.11."""
+    if not flagged:
+        monkeypatch.setattr("torch.compiler._compile_session_context", contextlib.nullcontext)
+    assert counted(Net(), torch.randn(4, 3, 5), monkeypatch) == 2 * 2
+    own = fastnn.nn.Sequential(
+        nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)
+    )
+    assert counted(own, torch.randn(4, 8), monkeypatch) == 2 * 2  # a Linear alone is Inductor's
+
+
+@pytest.mark.parametrize("flagged", [True, False])
+def test_seeds_are_drawn_in_the_graph(flagged, monkeypatch):
+    """On a GPU too, where an eager call asks the generator on the host."""
+    if not flagged:
+        monkeypatch.setattr("torch.compiler._compile_session_context", contextlib.nullcontext)
+    drawn = []
+    with torch._subclasses.FakeTensorMode(), torch._guards.tracing(torch._guards.TracingContext(None)):
+        drawn.append(seeds.dropout_seed(torch.device("cuda", 0)))
+    assert drawn[0].device.type == "cuda"
 
 
 def test_each_step_drops_others():

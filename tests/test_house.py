@@ -17,7 +17,7 @@ LAYERS = {
     "activations": set(),
     "kernels": set(),
     "reference": {"activations"},
-    "seeds": set(),
+    "seeds": {"dispatch"},
     "dispatch": {"kernels"},
     "costs": {"dispatch", "kernels"},
     "plans": {"costs", "dispatch", "kernels"},
