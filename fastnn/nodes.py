@@ -29,7 +29,7 @@ _ACTIVATIONS: dict[Any, tuple[str, dict[str, Any]]] = {
     **dict.fromkeys((torch.tanh, torch.tanh_, F.tanh, "tanh", "tanh_"), ("tanh", {})),
     **dict.fromkeys((torch.sigmoid, torch.sigmoid_, F.sigmoid, "sigmoid", "sigmoid_"), ("sigmoid", {})),
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), ("leaky_relu", {"negative_slope": 0.01, "inplace": False})),
-    **dict.fromkeys((F.elu, F.elu_), ("elu", {"alpha": 1.0, "inplace": False})),
+    F.elu: ("elu", {"alpha": 1.0, "inplace": False}),
     F.silu: ("silu", {"inplace": False}),
     F.gelu: ("gelu", {"approximate": "none"}),
     F.softplus: ("softplus", {"beta": 1.0, "threshold": 20.0}),
@@ -117,7 +117,9 @@ def _batch_norm(
     training: Any = False,
     momentum: Any = 0.1,
     eps: Any = 1e-5,
-) -> Layer:
+) -> Layer | None:
+    if len(shape(input) or ()) not in (2, 3):
+        return None
     tensors = {"gamma": weight, "beta": bias, "running_mean": running_mean, "running_var": running_var}
     arguments = tensors | {"norm_training": training, "momentum": momentum, "eps": eps}
     values = [value(tensor) for tensor in tensors.values() if tensor is not None]
@@ -189,12 +191,18 @@ def is_view_of_rows(node: Node) -> bool:
 def counter_of(norm: Node) -> Node | None:
     """The node that counts the batch for a BatchNorm, as torch.nn.BatchNorm1d does just before it normalises."""
     node = norm.prev
-    if node.op != "call_method" or node.target != "add_" or len(node.args) != 2 or node.args[1] != 1 or node.users:
-        return None
-    counter, modules = value(node.args[0]), node.meta.get("nn_module_stack")
-    if counter is None or counter.dtype != torch.int64 or counter.dim() or not modules:
-        return None
-    return node if list(modules) == list(norm.meta.get("nn_module_stack") or ()) else None
+    modules, others = (list(of.meta.get("nn_module_stack") or ()) for of in (norm, node))
+    same = bool(modules) and modules == others
+    return node if same and _counts(node) and node.args[1] == 1 and not node.users else None
+
+
+def _counts(node: Node) -> bool:
+    """Whether it adds to an integer that came into the graph, which is nobody's view."""
+    if node.op != "call_method" or node.target != "add_" or len(node.args) != 2:
+        return False
+    counter = value(node.args[0])
+    came = isinstance(node.args[0], Node) and node.args[0].op == "placeholder"
+    return came and counter.dtype == torch.int64 and counter.dim() == 0
 
 
 def written(node: Node) -> set[Node] | None:
@@ -205,8 +213,8 @@ def written(node: Node) -> set[Node] | None:
         found = _arguments(node)
         buffers = found.get("running_mean"), found.get("running_var")
         return {buffer for buffer in buffers if isinstance(buffer, Node)} if found.get("training") else set()
-    if node.op == "call_method" and node.target == "add_" and isinstance(node.args[0], Node):
-        return {node.args[0]} if node.args[0].op == "placeholder" else None
+    if _counts(node):
+        return {node.args[0]}  # type: ignore[arg-type]
     layer = layer_of(node)
     if layer is not None and layer.in_place:
         return set() if _is_own(node.args[0]) else None

@@ -43,7 +43,7 @@ class Candidate:
 
 @dataclass
 class _Run:
-    """What is found of a run; layouts: of what its members give."""
+    """What is found of a run. layouts: of what its members give; begins: whether a run can begin with its first."""
 
     members: list[Node]
     layouts: list[str]
@@ -52,6 +52,7 @@ class _Run:
     layers: list[Node]
     counter: Node | None = None
     stop: str = ""
+    begins: bool = True
 
     @property
     def input(self) -> Node:
@@ -64,12 +65,7 @@ def rewrite(module: GraphModule, alone: bool, within: bool = False) -> list[Cand
 
     alone: whether a Linear alone is a run. within: whether it is a graph within another.
     """
-    found = [
-        candidate
-        for inner in module.children()
-        if isinstance(inner, GraphModule)
-        for candidate in rewrite(inner, alone, True)
-    ]
+    found = [candidate for inner in _checkpointed(module) for candidate in rewrite(inner, alone, True)]
     strides, taken = _result_strides(module), set()
     for node in list(module.graph.nodes):
         layer = None if node in taken else nodes.layer_of(node)
@@ -77,15 +73,22 @@ def rewrite(module: GraphModule, alone: bool, within: bool = False) -> list[Cand
             continue
         run = _run_from(node, layer)
         taken |= set(run.members)
-        if len(run.layers) > 1 or (alone and layer.place == LINEAR and not layer.is_conv and not layer.reason):
+        if len(run.layers) > 1 or (alone and layer.place == LINEAR and run.begins and not layer.is_conv):
             found.append(Candidate(run.layers, fused=_emit(module.graph, run)))
         elif layer.place in (LINEAR, BATCH_NORM):
-            found.append(Candidate(run.layers, layer.reason or run.stop))
+            found.append(Candidate(run.layers, run.stop))
     if any(candidate.fused is not None for candidate in found):
         _keep_strides(module, None if within else strides)
         module.graph.lint()
         module.recompile()
     return found
+
+
+def _checkpointed(module: GraphModule) -> list[GraphModule]:
+    """The graphs that the graph checkpoints; others within it, as of control flow, are left as they are."""
+    uses = [(node, user) for node in module.graph.nodes if node.op == "get_attr" for user in node.users]
+    bodies = dict.fromkeys(getattr(module, node.target) for node, user in uses if "checkpoint" in str(user.target))
+    return [body for body in bodies if isinstance(body, GraphModule)]
 
 
 def _run_from(node: Node, layer: Layer) -> _Run:
@@ -95,6 +98,7 @@ def _run_from(node: Node, layer: Layer) -> _Run:
         layout = FIRST
     run = _Run([node], [layout], layout, {layer.place: layer}, [node])
     run.stop = layer.reason or _unfit_input(node, layer, layout)
+    run.begins = not run.stop
     if layer.place == BATCH_NORM:
         run.counter = nodes.counter_of(node)
     while not run.stop:
@@ -164,7 +168,7 @@ def _is_undisturbed(run: _Run, last: Node, counter: Node | None) -> bool:
         written = nodes.written(node)
         if node in own:
             reads |= {*node.all_input_nodes} - own
-            writes |= written or set()
+            writes |= {alias for buffer in written or () for alias in (buffer, *buffer.users)} - own
         elif written is None or written & reads or writes.intersection(node.all_input_nodes):
             return False
         node = node.next

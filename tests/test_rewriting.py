@@ -157,6 +157,14 @@ REFUSED = {
     "another activation": (lambda m, x: F.hardtanh(m.fc(x)), x2, rewriting.ALONE),
     "as the weight": (lambda m, x: F.linear(x[:8], m.fc(x)[:6].T), x2[:, :6], rewriting.ALONE),
     "grad mode": (lambda m, x: without_grad(lambda: m.fc(x), F.relu), x2, rewriting.DISTURBED),
+    "overwritten through a view": (lambda m, x: overwritten(m, x), x2.clone(), rewriting.DISTURBED),
+    "a statistic read through a view": (
+        lambda m, x: viewed(m.bn.running_mean[:], m.bn(x @ x.new_ones(6, 8))),
+        x2,
+        rewriting.DISTURBED,
+    ),
+    "images": (lambda m, x: F.relu(F.batch_norm(x.mT[None], None, None, training=True)), x3, None),
+    "a scaled elu_": (lambda m, x: F.elu_(m.fc(x), 1.5, 1.1), x2, rewriting.ALONE),
     "1-D": (lambda m, x: F.relu(m.fc(x)), x2[0], "its input is no strided tensor of two dimensions or more"),
     "a wide convolution": (lambda m, x: F.relu(F.conv1d(x, m.conv.weight.expand(8, 6, 3), padding=1)), x3.mT, None),
     "a strided convolution": (lambda m, x: F.relu(F.conv1d(x, m.conv.weight, stride=2)), x3.mT, None),
@@ -169,6 +177,17 @@ def without_grad(first, second):
     with torch.no_grad():
         y = first()
     return second(y)
+
+
+def overwritten(m, x):
+    z = m.fc(x[:])
+    x.add_(1)
+    return F.relu(z)
+
+
+def viewed(mean, y):
+    total = mean.sum()
+    return F.relu(y) + total
 
 
 @pytest.mark.parametrize("case", REFUSED)
