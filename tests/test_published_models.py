@@ -36,7 +36,7 @@ def nothing_compiled():
 
 @pytest.fixture(autouse=True)
 def without_code(monkeypatch):
-    """Inductor's frontend alone: its code for a CPU takes seconds a graph to compile, as test_compile.py lets it."""
+    """Inductor's frontend alone: its code for a CPU takes seconds a graph to compile, as test_backend.py lets it."""
 
     def inductor(graph, inputs, config_patches):
         return aot_eager_decomp_partition(graph, inputs)
