@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.convert_frame import CatchErrorsWrapper
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 from torch._functorch.autograd_function import autograd_function_apply
@@ -56,8 +56,13 @@ def _run_checkpoints_eagerly(graph: GraphModule) -> None:
 
 
 def _checkpoint(body: GraphModule, *inputs: Any, preserve_rng_state: bool = True, **settings: Any) -> Any:
-    """Its inputs come by way of the closure, from where torch.utils.checkpoint does not save them."""
-    return checkpoint(lambda: body(*inputs), use_reentrant=False, preserve_rng_state=preserve_rng_state)
+    """Its inputs come by way of the closure, from where torch.utils.checkpoint does not save them.
+
+    What it is given says of which devices to keep the state of the generator, for the same dropout masks.
+    """
+    devices = dict.fromkeys(tensor.device for tensor in inputs if isinstance(tensor, Tensor))
+    marks = [torch.empty(0, device=device) for device in devices]
+    return checkpoint(lambda *_: body(*inputs), *marks, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
 class _Conversion(CatchErrorsWrapper):

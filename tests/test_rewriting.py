@@ -130,6 +130,20 @@ def test_within_a_checkpoint(reentrant):
     assert_equal_and_of_equal_strides(function, x2.clone().requires_grad_(), fused=2)
 
 
+def test_a_checkpoint_drops_the_same_elements_again():
+    model = Model(lambda m, x: checkpoint(lambda x: F.dropout(m.fc(x), 0.5), x, use_reentrant=False))
+    _, _, out = rewritten(model, x2[:1])
+    out.sum().backward()
+    assert torch.equal(out[0] != 0, model.fc.bias.grad != 0)
+
+
+def test_a_checkpoint_keeps_the_generators_of_all_devices(monkeypatch):
+    given = []
+    monkeypatch.setattr(tracing, "checkpoint", lambda body, *marks, **settings: given.extend(marks))
+    tracing._checkpoint(None, torch.ones(2), torch.ones(2, device="meta"), 3)
+    assert [mark.device.type for mark in given] == ["cpu", "meta"]
+
+
 def test_a_checkpoint_that_selects_runs_as_it_is():
     def contexts():
         return create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
