@@ -1,5 +1,6 @@
 """A model's call as Dynamo traces it for a backend of ours."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 # of the graph in it, are 24 compilations of one code.
 SETTINGS = {"skip_nnmodule_hook_guards": False, "recompile_limit": 64}
 RETRIES = 8
+_FAKE_TENSORS = logging.getLogger("torch._subclasses.fake_tensor")  # a page about what the model raises itself
 
 Backend = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 
@@ -78,6 +80,7 @@ class _Conversion(CatchErrorsWrapper):
         self._failed = failed
 
     def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        logged, _FAKE_TENSORS.disabled = _FAKE_TENSORS.disabled, True
         try:
             with torch._dynamo.config.patch(SETTINGS):
                 return super().__call__(frame, *args, **kwargs)
@@ -89,3 +92,5 @@ class _Conversion(CatchErrorsWrapper):
             action = FrameAction.RUN_ONLY if given_up else FrameAction.SKIP
             strategy = FrameExecStrategy(action, action)
             return ConvertFrameReturn(frame_exec_strategy=strategy, apply_to_code=given_up)
+        finally:
+            _FAKE_TENSORS.disabled = logged

@@ -409,13 +409,14 @@ def error_of(model, x):
     [torch.randn(4, 5), torch.randn(1, 6), torch.randn(4, 6).double(), torch.ones(4, 6, dtype=torch.int64), "words"],
     ids=["width", "one row", "double", "integers", "no tensor"],
 )
-def test_wrong_input_raises_what_the_plain_model_raises(compiled, wrong):
+def test_wrong_input_raises_what_the_plain_model_raises(compiled, wrong, caplog):
     plain, fused = pair()
     x = torch.randn(20, 6)
     if compiled:
         fused(x), plain(x)
     for _ in range(tracing.RETRIES + 2):
         assert type(error_of(fused, wrong)) is type(error_of(plain, wrong))
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
     if compiled:
         assert blocks(fused, x) == 2
 
