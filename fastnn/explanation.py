@@ -67,11 +67,12 @@ class Explanation:
 
 
 def explain(model: Any, *inputs: Any) -> Explanation:
-    """Which runs of the model's ``fastnn.nn.Sequential`` modules are fused, by which plans of kernels, and why.
+    """Which runs of the model are fused, by which plans of kernels, and why; which layers are in no run, and why.
 
-    Calls the model once on copies of the inputs and of its buffers. Parameters, buffers, gradients and the state of
-    torch's generators are as before; hooks are called. Whether gradients and autocast are on counts as in a call:
-    within ``torch.no_grad()`` or in ``eval()`` it explains that.
+    Runs of its ``fastnn.nn.Sequential`` modules are as they are, others as ``fastnn.fuse`` finds them, whether the
+    model is fused already or not. For each of both it calls the model once, on copies of the inputs and of its buffers.
+    Parameters, buffers, gradients and the state of torch's generators are as before; hooks are called. Whether
+    gradients and autocast are on counts as in a call: within ``torch.no_grad()`` or in ``eval()`` it explains that.
 
     Args:
         model: any torch.nn.Module.
