@@ -71,8 +71,9 @@ def explain(model: Any, *inputs: Any) -> Explanation:
 
     Runs of its ``fastnn.nn.Sequential`` modules are as they are, others as ``fastnn.fuse`` finds them, whether the
     model is fused already or not. For each of both it calls the model once, on copies of the inputs and of its buffers.
-    Parameters, buffers, gradients and the state of torch's generators are as before; hooks are called. Whether
-    gradients and autocast are on counts as in a call: within ``torch.no_grad()`` or in ``eval()`` it explains that.
+    Buffers and the state of torch's generators are as before, and so is all that a forward by itself does not change;
+    hooks are called. Whether gradients and autocast are on counts as in a call: within ``torch.no_grad()`` or in
+    ``eval()`` it explains that.
 
     Args:
         model: any torch.nn.Module.

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from . import rewriting, runs
 from .tracing import compiled_call
@@ -21,7 +22,8 @@ def fuse(model: Any) -> Any:
     BatchNorm1d between transpositions. The model remains the same object with the same modules, parameters, buffers,
     hooks and ``state_dict`` keys. Its calls are traced by Dynamo (``torch.compile``'s frontend, no code generation) at
     the first one, and again for what that one did not cover; hooks, replaced modules, ``train``, ``eval`` and ``to``
-    are seen afterwards as well. ``fastnn.explain`` says what is fused, and why not. What is not runs as before.
+    are seen afterwards as well, a method replaced on a class is not. ``fastnn.explain`` says what is fused, and why
+    not. What is not runs as before.
 
     Calls of the model itself are fused: ``model(x)``, not ``model.forward(x)``, nor another method. Copies and pickles
     are working models that are not fused; fuse them again.
@@ -67,7 +69,7 @@ class _FusedCall:
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or runs.are_followed():
+        if torch.compiler.is_compiling() or is_fx_symbolic_tracing() or runs.are_followed():
             return self._model._call_impl(*args, **kwargs)
         if self._compiled is None:
             self._compiled = compiled_call(self._model, _fused_graph)

@@ -1,7 +1,6 @@
 """The runs of a model as fastnn.fuse would find them, with the tensors that arrive at them."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +16,39 @@ UNTRACED = "torch.compile cannot trace a part of the model, which runs as it is"
 _LAYERS = (nn.Linear, nn.Conv1d, nn.BatchNorm1d, nn.Dropout, *(row.module for row in functional.ACTIVATIONS.values()))
 
 
+class _Names:
+    """Which modules of the model a graph's nodes are of, and their names."""
+
+    def __init__(self, model: nn.Module, names: dict[int, str]) -> None:
+        self.names = names
+        self.modules = {name: model.get_submodule(name) for name in names.values()}
+        self._of_ids = {str(id(module)): name for name, module in self.modules.items()}
+        self._of_tensors = {
+            id(tensor): name
+            for name, module in self.modules.items()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        }
+
+    def of_node(self, node: Node) -> str:
+        """Of the innermost module whose forward the node is of; in its stack "id@1" is a second call."""
+        innermost = next(reversed(node.meta.get("nn_module_stack") or {"": None}))
+        return self._of_ids.get(innermost.partition("@")[0], "")
+
+    def moved(self, names: list[str], tensors: dict[str, Tensor]) -> list[str]:
+        """The same for another module of the same code, whose tensors the graph is given in the place of theirs."""
+        for name in names:
+            other = self._of_tensors.get(id(tensors.get(name)), name)
+            if other != name:
+                old, new = name.split("."), other.split(".")
+                while old and new and old[-1] == new[-1]:
+                    del old[-1], new[-1]
+                there, here = ".".join(old), ".".join(new)
+                found = [here + name.removeprefix(there) if name.startswith(there) else name for name in names]
+                return found if all(name in self.modules for name in found) else names
+        return names
+
+
 def graph_calls(
     model: nn.Module, inputs: tuple[Any, ...], names: dict[int, str]
 ) -> tuple[dict[Call, None], set[int], list[str]]:
@@ -24,77 +56,87 @@ def graph_calls(
 
     names: of the modules by their ids.
     """
-    modules = {str(id(module)): module for module in model.modules()}
-    found: dict[Call, None] = {}
-    reached: set[int] = set()
+    of, found, reached = _Names(model, names), dict[Call, None](), set[int]()
 
     def backend(graph: GraphModule, examples: list[Any]) -> Callable[..., Any]:
-        candidates = rewriting.rewrite(graph, alone=True)
-        met: dict[int, Call] = {}
-        for index, candidate in enumerate(candidates):
-            owners = [modules.get(_innermost(node), model) for node in candidate.layers]
-            reached.update(id(owner) for owner in owners)
-            place, layers = _place(owners, names), _kinds(candidate, owners)
-            met[index] = Call(place, layers, candidate.reason)
-            if candidate.fused is not None:
-                _record(candidate.fused, partial(met.__setitem__, index), place, layers)
+        parts = [_Part(candidate, graph, of) for candidate in rewriting.rewrite(graph, alone=True)]
         graph.recompile()
 
         def run(*arguments: Any) -> Any:
+            for part in parts:
+                part.begin(arguments, of)
             result = graph.forward(*arguments)
-            found.update(dict.fromkeys(met.values()))
+            found.update((part.call, None) for part in parts)
+            reached.update(id(of.modules[name]) for part in parts for name in part.names)
             return result
 
         return run
 
     failures: list[Exception] = []
     before = dict(counters["graph_break"])
-    tracing.compiled_call(model, backend, failures.append)(*inputs)
+    try:
+        with tracing.forgotten():
+            tracing.compiled_call(model, backend, failures.append)(*inputs)
+    finally:
+        of.modules.clear()  # Dynamo keeps what it compiled, and with it the backend, where a frame's globals are
     breaks = [reason for reason, count in counters["graph_break"].items() if count > before.get(reason, 0)]
     notes = [f"{BREAK}: {_first_line(reason)}" for reason in breaks]
     notes += [f"{UNTRACED}: {_first_line(error)}" for error in failures]
     return found, reached, list(dict.fromkeys(notes))
 
 
-def _first_line(reason: Any) -> str:
-    reason = getattr(reason, "inner_exception", reason)
-    return next(iter(str(reason).strip().splitlines()), type(reason).__name__)
+class _Part:
+    """A candidate in a graph: the call of it that was seen last."""
+
+    def __init__(self, candidate: Candidate, graph: GraphModule, of: _Names) -> None:
+        self._traced = [of.of_node(node) for node in candidate.layers]
+        self._targets = [nodes.name(node) for node in candidate.layers]
+        self._reason = candidate.reason
+        places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        self._tensors: dict[str, int] = {}  # where the graph is given one of a layer's, by the layer's name
+        for user in [candidate.fused] if candidate.fused is not None else candidate.layers:
+            for node in user.all_input_nodes:
+                if node in places and node is not user.args[0]:
+                    self._tensors.setdefault(of.of_node(node), places.index(node))
+        if candidate.fused is not None:
+            self._record(candidate.fused)
+
+    def begin(self, arguments: tuple[Any, ...], of: _Names) -> None:
+        tensors = {name: arguments[place] for name, place in self._tensors.items()}
+        self.names = of.moved(self._traced, tensors)
+        owners = [of.modules[name] for name in self.names]
+        layers = tuple(
+            type(owner).__name__ if isinstance(owner, _LAYERS) else target
+            for owner, target in zip(owners, self._targets, strict=True)
+        )
+        called = [name for name, owner in zip(self.names, owners, strict=True) if isinstance(owner, _LAYERS)]
+        self.call = Call(_joined(called) or self.names[0] or "model", layers, self._reason)
+
+    def _record(self, node: Node) -> None:
+        """Lets the fused block say with what it is called."""
+        block: Any = node.target
+
+        def recorded(input: Tensor, weight: Tensor | None, *others: Any, **layout: Any) -> Tensor:
+            bias, gamma, beta, mean, var, counter, training, momentum, eps, activation, _, _, p = others
+            norm = functional.BatchNorm(mean, var, gamma, beta, counter, training, momentum, eps)
+            rows = rewriting.rows_of(input, layout["enters"]) if layout else input
+            matrix = weight.flatten(1) if weight is not None else None
+            place, layers, batch_norm = self.call.modules, self.call.layers, None if training is None else norm
+            self.call = call_of(place, layers, rows, matrix, bias, batch_norm, activation, p)
+            return block(input, weight, *others, **layout)
+
+        node.target = recorded
 
 
-def _innermost(node: Node) -> str:
-    """The id of the module whose forward the node is of, empty for the root's own; "id@1" is of its second call."""
-    return next(reversed(node.meta.get("nn_module_stack") or {"": None})).partition("@")[0]
-
-
-def _kinds(candidate: Candidate, owners: list[nn.Module]) -> tuple[str, ...]:
-    """The layer's type, or the function's name where a forward calls one itself."""
-    return tuple(
-        type(owner).__name__ if isinstance(owner, _LAYERS) else nodes.name(node)
-        for node, owner in zip(candidate.layers, owners, strict=True)
-    )
-
-
-def _place(owners: list[nn.Module], names: dict[int, str]) -> str:
-    """Names of the modules in the model, one after another as "net.0-3"."""
-    given = list(dict.fromkeys(names[id(owner)] for owner in owners if isinstance(owner, _LAYERS)))
-    if not any(given):
-        return names[id(owners[0])] or "model"
-    parents, children = zip(*(name.rpartition(".")[::2] for name in given), strict=True)
+def _joined(names: list[str]) -> str:
+    """One after another, numbers within one container as "net.0-3"."""
+    given = list(dict.fromkeys(names))
+    parents, children = zip(*(name.rpartition(".")[::2] for name in given), strict=True) if given else ((), ())
     if len(given) > 1 and len(set(parents)) == 1 and all(map(str.isdigit, children)):
         return f"{given[0]}-{children[-1]}"
     return ", ".join(given)
 
 
-def _record(node: Node, take: Callable[[Call], Any], place: str, layers: tuple[str, ...]) -> None:
-    """Lets the call of a fused block say with what it is called."""
-    block: Any = node.target
-
-    def recorded(input: Tensor, weight: Tensor | None, *others: Any, **layout: Any) -> Tensor:
-        bias, gamma, beta, mean, var, counter, training, momentum, eps, activation, _, _, p = others
-        norm = functional.BatchNorm(mean, var, gamma, beta, counter, training, momentum, eps)
-        rows = rewriting.rows_of(input, layout["enters"]) if layout else input
-        matrix = weight.flatten(1) if weight is not None else None
-        take(call_of(place, layers, rows, matrix, bias, None if training is None else norm, activation, p))
-        return block(input, weight, *others, **layout)
-
-    node.target = recorded
+def _first_line(reason: Any) -> str:
+    reason = getattr(reason, "inner_exception", reason)
+    return next(iter(str(reason).strip().splitlines()), type(reason).__name__)

@@ -5,12 +5,14 @@ The graph is Dynamo's, before any decomposition; each node's value, a fake tenso
 
 import inspect
 import operator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from .runs import ACTIVATION, BATCH_NORM, DROPOUT, LINEAR
 
@@ -28,8 +30,10 @@ _ACTIVATIONS: dict[Any, tuple[str, dict[str, Any]]] = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), ("relu", {"inplace": False})),
     **dict.fromkeys((torch.tanh, torch.tanh_, F.tanh, "tanh", "tanh_"), ("tanh", {})),
     **dict.fromkeys((torch.sigmoid, torch.sigmoid_, F.sigmoid, "sigmoid", "sigmoid_"), ("sigmoid", {})),
-    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), ("leaky_relu", {"negative_slope": 0.01, "inplace": False})),
+    F.leaky_relu: ("leaky_relu", {"negative_slope": 0.01, "inplace": False}),
+    F.leaky_relu_: ("leaky_relu", {"negative_slope": 0.01}),
     F.elu: ("elu", {"alpha": 1.0, "inplace": False}),
+    F.elu_: ("elu", {"alpha": 1.0}),  # and two scales, which are no ELU's
     F.silu: ("silu", {"inplace": False}),
     F.gelu: ("gelu", {"approximate": "none"}),
     F.softplus: ("softplus", {"beta": 1.0, "threshold": 20.0}),
@@ -135,19 +139,22 @@ def _batch_norm(
         reason = "its tensors are not of shape (N,)"
     elif any(value(tensor).requires_grad for tensor in (running_mean, running_var) if tensor is not None):
         reason = "its running statistics require a gradient"
-    elif (running_mean is None) != (running_var is None) or (running_mean is None and not training):
+    elif running_mean is running_var is None and not training:
+        reason = "it has no running statistics to take"
+    elif running_mean is running_var is not None or (running_mean is None) != (running_var is None):
         reason = "it has one running statistic alone"
     return Layer(BATCH_NORM, arguments, reason)
 
 
 def _activation(node: Node) -> Layer:
     name, defaults = _ACTIVATIONS[node.target]
+    others = len(node.args) > 1 + len(defaults) or not node.kwargs.keys() <= defaults.keys()
     given = defaults | dict(zip(defaults, node.args[1:], strict=False)) | dict(node.kwargs)
     in_place = bool(given.pop("inplace", False)) or str(getattr(node.target, "__name__", node.target)).endswith("_")
     if given.pop("approximate", "none") == "tanh":
         name = "gelu_tanh"
     numbers = [*given.values(), 0.0, 0.0][:2]
-    reason = "" if _are_numbers(*numbers) else "its parameters are computed"
+    reason = "" if _are_numbers(*numbers) and not others else "its parameters are computed, or others than the layer's"
     return Layer(ACTIVATION, {"activation": name, "a": numbers[0], "b": numbers[1]}, reason, in_place)
 
 
@@ -181,6 +188,8 @@ def is_view_of_rows(node: Node) -> bool:
     """Whether it gives the same rows, of as many features, in the same order."""
     if node.op not in ("call_method", "call_function") or name(node) not in _VIEWS or not node.args:
         return False
+    if any(isinstance(given, torch.dtype) for given in (*node.args, *node.kwargs.values())):
+        return False  # which has no gradient
     before, after = value(node.args[0]), value(node)
     if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.dtype != after.dtype:
         return False
@@ -197,12 +206,11 @@ def counter_of(norm: Node) -> Node | None:
 
 
 def _counts(node: Node) -> bool:
-    """Whether it adds to an integer that came into the graph, which is nobody's view."""
+    """Whether it adds to an integer in place."""
     if node.op != "call_method" or node.target != "add_" or len(node.args) != 2:
         return False
     counter = value(node.args[0])
-    came = isinstance(node.args[0], Node) and node.args[0].op == "placeholder"
-    return came and counter.dtype == torch.int64 and counter.dim() == 0
+    return isinstance(counter, Tensor) and counter.dtype == torch.int64 and counter.dim() == 0
 
 
 def written(node: Node) -> set[Node] | None:
@@ -221,6 +229,12 @@ def written(node: Node) -> set[Node] | None:
     return set() if _is_pure(node) else None
 
 
+def memory(found: Iterable[Node]) -> set[int]:
+    """Which storages the nodes' tensors are in."""
+    values = [leaf for node in found for leaf in tree_leaves(value(node)) if isinstance(leaf, Tensor)]
+    return {leaf.untyped_storage()._cdata for leaf in values if leaf.layout is torch.strided}
+
+
 def _is_own(node: Any) -> bool:
     """Whether it is a new tensor of which there is one use; where it drops nothing, dropout gives its input back."""
     layer = layer_of(node)
@@ -236,15 +250,17 @@ def _is_pure(node: Node) -> bool:
     if own.endswith("_") and not own.endswith("__"):
         return False
     if node.op == "call_method":
-        return True
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return False
+        return not own.startswith(("__i", "__set"))
+    if isinstance(target, torch._ops.HigherOrderOperator) or own.endswith(("batch_norm", "instance_norm")):
+        return False  # norms write their running statistics
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         packet: Any = getattr(target, "overloadpacket", target)
         overloads = [getattr(packet, name) for name in packet.overloads()]
         return not any(overload._schema.is_mutable for overload in overloads)
     if getattr(target, "__module__", "") == "_operator":
-        return own != "setitem" and not (own[0] == "i" and hasattr(operator, own[1:]))
+        in_place = own[0] == "i" and hasattr(operator, f"__{own}__") and own not in ("index", "inv", "invert")
+        return own != "setitem" and not in_place
     if getattr(target, "__module__", "") == F.__name__:
-        return not inspect.signature(target).bind(*node.args, **node.kwargs).arguments.get("inplace")  # type: ignore[arg-type]
+        given = inspect.signature(target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+        return not given.get("inplace") and given.get("max_norm") is None  # to which an embedding's weight is scaled
     return getattr(target, "__module__", "") in ("torch", None) or isinstance(target, type(torch.relu))

@@ -36,6 +36,8 @@ def observe(model: Any, inputs: tuple[Any, ...]) -> tuple[list[Call], list[str]]
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model must be as it was before torch.jit, got {type(model).__name__}")
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model must have been called once before, got lazy modules without parameters yet")
     model = getattr(model, "_orig_mod", model)  # of torch.compile, which must not trace the observer

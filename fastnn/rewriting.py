@@ -2,7 +2,7 @@
 
 A run's nodes follow one another, each the only use of the one before; views that keep its rows may stand between them.
 Nothing between its first and its last node may write what it reads, or read or write what it writes, as all of it
-happens where its last node was. What the graph returns keeps its strides.
+happens where its last node was. What the graph returns keeps the strides of its fake tensors.
 """
 
 from collections.abc import Iterable
@@ -111,8 +111,10 @@ def _unfit_input(node: Node, layer: Layer, layout: str) -> str:
     input = nodes.value(node.args[0])
     if not isinstance(input, Tensor) or input.layout is not torch.strided or input.is_nested or input.dim() < 2:
         return "its input is no strided tensor of two dimensions or more"
-    if layer.place >= ACTIVATION and (layer.in_place or not input.is_contiguous()):
-        return "in place, or of an input that is not contiguous"
+    if layer.in_place:
+        return "in place, it changes the input of the run that it begins"
+    if layer.place >= ACTIVATION and not input.is_contiguous():
+        return "its input is not contiguous"
     if layer.place == BATCH_NORM and layout == FIRST and not input.transpose(1, 2).is_contiguous():
         return TRANSPOSED
     return ""
@@ -161,15 +163,15 @@ def _has_rows_of_input(run: _Run, view: Node) -> bool:
 def _is_undisturbed(run: _Run, last: Node, counter: Node | None) -> bool:
     """Whether what the run's nodes do may all happen here, after whatever stands between them."""
     own = {*run.members, last, *(node for node in (counter, run.counter) if node is not None)}
-    reads: set[Node] = set()
-    writes: set[Node] = set()
-    node = run.members[0]
+    reads: set[int] = set()
+    writes: set[int] = set()
+    node = run.counter if run.counter is not None and run.counter.next is run.members[0] else run.members[0]
     while node is not last:
         written = nodes.written(node)
         if node in own:
-            reads |= {*node.all_input_nodes} - own
-            writes |= {alias for buffer in written or () for alias in (buffer, *buffer.users)} - own
-        elif written is None or written & reads or writes.intersection(node.all_input_nodes):
+            reads |= nodes.memory({*node.all_input_nodes} - own)
+            writes |= nodes.memory(written or ())
+        elif written is None or nodes.memory(written) & reads or writes & nodes.memory(node.all_input_nodes):
             return False
         node = node.next
     return True
@@ -239,7 +241,12 @@ def _keep_strides(module: GraphModule, wanted: list[str] | None) -> None:
         if node.target is block_of_rows and node.kwargs["leaves"] != ROWS:
             if nodes.value(node).is_contiguous() != (node.kwargs["leaves"] == LAST):
                 doubtful.append(node)
-    if not doubtful or (wanted is not None and _has_strides(module, wanted)):
+    if not doubtful:
+        return
+    others = [node for node in module.graph.nodes if node.op.startswith("call") and node not in doubtful]
+    # With other strides a reshape may be a copy, where it was a view that someone writes to.
+    differ = any(nodes.written(node) is None or nodes.name(node) == "as_strided" for node in others)
+    if wanted is not None and not differ and _has_strides(module, wanted):
         return
     for node in doubtful:
         user = next(iter(node.users))

@@ -2,11 +2,15 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+from torch._dynamo import eval_frame
 from torch._dynamo.convert_frame import CatchErrorsWrapper
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 from torch._functorch.autograd_function import autograd_function_apply
@@ -16,8 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 # For the frames of a fused model alone. A hook that comes later must be seen; 24 blocks of one class, each with a break
 # of the graph in it, are 24 compilations of one code.
-SETTINGS = {"skip_nnmodule_hook_guards": False, "recompile_limit": 64}
+# Nor is a count that a module keeps a constant.
+SETTINGS = {"skip_nnmodule_hook_guards": False, "recompile_limit": 64, "allow_unspec_int_on_nn_module": True}
 RETRIES = 8
+REGION = next(getattr(eval_frame, "_next_isolate_recompiles_id", iter((0,))))
+_converted: list[CodeType] | None = None
 _FAKE_TENSORS = logging.getLogger("torch._subclasses.fake_tensor")  # a page about what the model raises itself
 
 Backend = Callable[[GraphModule, list[Any]], Callable[..., Any]]
@@ -41,6 +48,9 @@ def compiled_call(
         return backend(graph, inputs)
 
     context: Any = torch._dynamo.optimize(runnable)
+    eval_frame.cached_backends.pop(id(runnable), None)  # kept for resets of a backend, of which there is none here
+    if hasattr(context, "_isolate_recompiles_id"):  # torch 2.12: what others compile of the same code has its own limit
+        context._isolate_recompiles_id = REGION
     context.callback = _Conversion(context.callback._torchdynamo_orig_backend, context.callback.hooks, failed)
     return context(call)
 
@@ -67,6 +77,19 @@ def _checkpoint(body: GraphModule, *inputs: Any, preserve_rng_state: bool = True
     return checkpoint(lambda *_: body(*inputs), *marks, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
+@contextmanager
+def forgotten() -> Iterator[None]:
+    """What is compiled within is forgotten after it, but of code that others have compiled."""
+    global _converted
+    before, _converted = _converted, []
+    try:
+        yield
+    finally:
+        for code in _converted:
+            reset_code(code)
+        _converted = before
+
+
 class _Conversion(CatchErrorsWrapper):
     """Dynamo's conversion of a frame, under SETTINGS; entering them at every call would cost 12 µs.
 
@@ -80,6 +103,8 @@ class _Conversion(CatchErrorsWrapper):
         self._failed = failed
 
     def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        if _converted is not None and not _debug_get_cache_entry_list(frame.f_code):
+            _converted.append(frame.f_code)
         logged, _FAKE_TENSORS.disabled = _FAKE_TENSORS.disabled, True
         try:
             with torch._dynamo.config.patch(SETTINGS):

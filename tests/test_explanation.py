@@ -1,7 +1,9 @@
 """fastnn.explain: what its rows say of a model's runs, and that nothing is changed by asking."""
 
 import copy
+import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -127,6 +129,60 @@ def test_any_model_by_what_fuse_would_do():
     ] * (len(found.notes) - 1)
     assert len(found.notes) > 1
     assert fastnn.explain(fastnn.fuse(model), x) == found
+
+
+class Branching(nn.Module):
+    """Equal blocks, whose code is compiled once for all, and a break of the graph in each."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Branch() for _ in range(12))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.bn, self.drop, self.other = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        x = self.drop(F.relu(self.bn(self.fc(x))))
+        return self.other(x) if x.sum() < 1e6 else x
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's
+def test_equal_blocks_are_told_apart():
+    found = {row.modules: row.fused for row in fastnn.explain(Branching(), torch.randn(12, 8)).rows}
+    runs = {f"blocks.{i}.fc, blocks.{i}.bn, blocks.{i}.drop": True for i in range(12)}
+    assert found == runs | {f"blocks.{i}.other": False for i in range(12)}
+
+
+@pytest.mark.real_empty
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_explaining_leaves_torch_compile_its_limits():
+    """Dynamo compiles each code eight times at most."""
+    model, x = Branching(), torch.randn(12, 8)
+    for _ in range(2):
+        fastnn.explain(model, x)
+    fastnn.unfuse(fastnn.fuse(model))(x)
+    counter = torch._dynamo.testing.CompileCounter()
+    torch.compile(model, backend=counter)(x)
+    assert counter.frame_count > 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_explained_and_fused_models_are_freed():
+    model, x = fastnn.fuse(Branching()), torch.randn(12, 8)
+    fastnn.explain(model, x)
+    model(x)
+    found = weakref.ref(model)
+    del model
+    gc.collect()
+    assert found() is None
 
 
 def test_a_layer_used_twice_is_named_by_its_place():
