@@ -20,7 +20,6 @@ class _Names:
     """Which modules of the model a graph's nodes are of, and their names."""
 
     def __init__(self, model: nn.Module, names: dict[int, str]) -> None:
-        self.names = names
         self.modules = {name: model.get_submodule(name) for name in names.values()}
         self._of_ids = {str(id(module)): name for name, module in self.modules.items()}
         self._of_tensors = {

@@ -19,8 +19,7 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 # For the frames of a fused model alone. A hook that comes later must be seen; 24 blocks of one class, each with a break
-# of the graph in it, are 24 compilations of one code.
-# Nor is a count that a module keeps a constant.
+# of the graph in it, are 24 compilations of one code; a count that a module keeps is no constant.
 SETTINGS = {"skip_nnmodule_hook_guards": False, "recompile_limit": 64, "allow_unspec_int_on_nn_module": True}
 RETRIES = 8
 REGION = next(getattr(eval_frame, "_next_isolate_recompiles_id", iter((0,))))
@@ -49,7 +48,7 @@ def compiled_call(
 
     context: Any = torch._dynamo.optimize(runnable)
     eval_frame.cached_backends.pop(id(runnable), None)  # kept for resets of a backend, of which there is none here
-    if hasattr(context, "_isolate_recompiles_id"):  # torch 2.12: what others compile of the same code has its own limit
+    if hasattr(context, "_isolate_recompiles_id"):  # newer than torch 2.11: others' compilations have their own limit
         context._isolate_recompiles_id = REGION
     context.callback = _Conversion(context.callback._torchdynamo_orig_backend, context.callback.hooks, failed)
     return context(call)
