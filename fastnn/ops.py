@@ -5,10 +5,12 @@ that the dispatcher takes for each. Registered with Library.define/impl, where t
 All are reached only where dispatch.path found that the kernels serve.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import plans, recipes, reference
 from .dispatch import is_traced, launch
@@ -93,6 +95,18 @@ for _name, _implementation, _fake in (
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastnn::{_name}", _fake, lib=_library)
+
+
+@register_flop_formula(torch.ops.fastnn.block_forward)
+def _forward_flop(input_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
+    """Of the product alone, as torch counts its own layers."""
+    return 0 if weight_shape is None else 2 * math.prod(input_shape) * weight_shape[0]
+
+
+@register_flop_formula(torch.ops.fastnn.block_backward)
+def _backward_flop(grad_shape: Any, input_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
+    needs_input, needs_weight, _ = args[-1]
+    return _forward_flop(input_shape, weight_shape) * (needs_input + needs_weight)
 
 
 class Block(torch.autograd.Function):

@@ -33,15 +33,19 @@ class BatchNorm(NamedTuple):
 
 
 def batch_norm(y: Tensor, norm: BatchNorm) -> Tensor:
-    """What torch.nn.BatchNorm1d.forward computes; counts the batch last, so that a call that raises changes nothing."""
+    """What torch.nn.BatchNorm1d.forward computes.
+
+    It counts the batch first, as torch does: a checkpoint's recomputation stops at the last tensor that it needs.
+    """
     counter = norm.num_batches_tracked if norm.training else None
     momentum = norm.momentum
-    if momentum is None:
-        momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
-    y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, momentum, norm.eps)
     if counter is not None:
         counter.add_(1)
-    return y
+    if momentum is None:
+        momentum = 0.0 if counter is None else 1.0 / float(counter)
+    return F.batch_norm(
+        y, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, momentum, norm.eps
+    )
 
 
 def _philox_words(key: Tensor, rows: Tensor, calls: Tensor) -> list[Tensor]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from support.blocks import KEY, Block
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastnn
 from fastnn import plans, seeds
@@ -121,6 +122,27 @@ def test_batch_sizes_compile_at_most_twice():
     for M in (12, 20, 33, 5, 64):
         model(torch.randn(M, 7)).sum().backward()
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_flop_are_those_of_torchs_layers(training, frozen):
+    """Counted of products, as torch counts them: the input's gradient, the weights' where they are trained."""
+    counts = []
+    for kind in (fastnn.nn.Sequential, torch.nn.Sequential):
+        layers = (
+            torch.nn.Linear(7, 16),
+            torch.nn.BatchNorm1d(16),
+            torch.nn.ReLU(),
+            torch.nn.Linear(16, 3),
+            torch.nn.Tanh(),
+        )
+        model = kind(*layers).train(training)
+        model[0].requires_grad_(not frozen)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(20, 7, requires_grad=True)).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 2 * 20 * (7 * 16 + 16 * 3)
 
 
 def kept_masks(model, x):
