@@ -1,7 +1,9 @@
 """Which path a call takes (Triton, its interpreter, or eager torch), with its reason, and what machine it is."""
 
 import functools
-from typing import NamedTuple
+import re
+import warnings
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +11,30 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 NOT_INSTALLED = "Triton is not installed"
+OLDEST_TRITON, NEXT_TRITON = (3, 6), (4, 0)  # the first that is served, and the first that is not
+
+
+def _unserved(version: str) -> str:
+    """Why that version of Triton is not used; empty if it is."""
+    found = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    served = OLDEST_TRITON <= found < NEXT_TRITON
+    return "" if served else f"Triton {version} is not served: fastnn is for 3.6 and newer, below 4"
+
+
+launch: Any = None
+tiles: Any = None
+_INTERPRETED: Any = False
 try:
-    from .kernels import launch, tiles
-    from .kernels.casts import INTERPRETED as _INTERPRETED
+    import triton
+
+    NO_KERNELS = _unserved(triton.__version__)
+    if NO_KERNELS:
+        warnings.warn(f"{NO_KERNELS}. Everything runs torch's own ops.", stacklevel=2)
+    else:
+        from .kernels import launch, tiles  # noqa: F401 - others take them from here
+        from .kernels.casts import INTERPRETED as _INTERPRETED
 except ImportError as error:  # no Triton (macOS, Windows), or its interpreter asked for where there is no numpy
-    launch = tiles = None  # type: ignore[assignment]
-    _INTERPRETED = False
     NO_KERNELS = NOT_INSTALLED if error.name == "triton" else f"Triton cannot be imported: {error}"
-else:
-    NO_KERNELS = ""
 
 HAS_KERNELS = not NO_KERNELS
 INTERPRETED = HAS_KERNELS and bool(getattr(_INTERPRETED, "value", _INTERPRETED))

@@ -98,6 +98,18 @@ def test_interpreter_without_numpy_says_what_is_missing():
     assert "numpy" in done.stdout
 
 
+@pytest.mark.parametrize("version", ["3.5.1", "4.0.0", "3.10.2+git1"])
+def test_another_triton_is_warned_of_once_and_not_used(version):
+    code = f"import triton; triton.__version__ = {version!r}; import torch, fastnn; from fastnn import dispatch\n"
+    code += "fastnn.nn.LinearBatchNormReLUDropout(4, 3)(torch.randn(5, 4)).sum().backward(); print(dispatch.NO_KERNELS)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    served = version.startswith("3.10")
+    assert done.stdout.strip() == (
+        "" if served else f"Triton {version} is not served: fastnn is for 3.6 and newer, below 4"
+    )
+    assert done.stderr.count("is not served") == (0 if served else 1)
+
+
 def test_without_triton_everything_imports_and_runs_eagerly():
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False
