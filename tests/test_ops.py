@@ -119,7 +119,7 @@ def test_global_hook_is_obeyed_while_compiling():
 def test_batch_sizes_compile_at_most_twice():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model = torch.compile(mlp(), backend=counter, fullgraph=True)
-    for M in (12, 20, 33, 5, 64):
+    for M in (12, 20, 33, 5, 64, 7, 8, 100, 2, 31):
         model(torch.randn(M, 7)).sum().backward()
     assert counter.frame_count <= 2
 
