@@ -102,10 +102,17 @@ def test_a_gradient_penalty_is_float64s(path, train):
 # Accumulation and hooks
 
 
-def test_three_micro_batches_accumulate(path):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_three_micro_batches_accumulate(at_once, path):
+    """One backward after each forward, or one after all of them."""
+
     def scenario(model):
-        for seed in range(3):
-            (cost(model(drawn(path, 12, 4, seed=seed)), seed) / 3).backward()
+        losses = (cost(model(drawn(path, 12, 4, seed=seed)), seed) / 3 for seed in range(3))
+        if at_once:
+            sum(losses).backward()
+        else:
+            for loss in losses:
+                loss.backward()
 
     assert_same(path, scenario)
 

@@ -220,13 +220,15 @@ def one_launch_at_a_time(monkeypatch):
     monkeypatch.setattr(GridExecutor, "__call__", locked)
 
 
-def trained(model, path, seed):
-    """Three steps, and the gradients of each."""
+def trained(model, path, seed, meet):
+    """Three steps, and the gradients of each; `meet` stands between forward and backward."""
     optimizer, seen = torch.optim.SGD(model.parameters(), 0.1), []
     for step in range(3):
         optimizer.zero_grad()
-        x = drawn(path, 12 + seed, 4, seed=step).requires_grad_()
-        cost(model(x), seed).backward()
+        x = drawn(path, 12, 4, seed=10 * seed + step).requires_grad_()
+        loss = cost(model(x), seed)
+        meet()
+        loss.backward()
         seen.append([x.grad, copy.deepcopy(state_of(model))])
         optimizer.step()
     return seen
@@ -234,13 +236,13 @@ def trained(model, path, seed):
 
 @pytest.mark.usefixtures("one_launch_at_a_time")
 def test_two_threads_train_their_copies_as_one_after_the_other(path):
+    """Both forwards come before both backwards, in calls of one form, which share what is settled."""
     model, _ = pair(path, stack())
-    alone = [trained(copy.deepcopy(model), path, seed) for seed in (0, 1)]
-    copies, start = [copy.deepcopy(model) for _ in alone], threading.Barrier(2)
+    alone = [trained(copy.deepcopy(model), path, seed, lambda: None) for seed in (0, 1)]
+    copies, barrier = [copy.deepcopy(model) for _ in alone], threading.Barrier(2)
 
     def train(index):
-        start.wait(60)
-        return trained(copies[index], path, index)
+        return trained(copies[index], path, index, lambda: barrier.wait(60))
 
     with ThreadPoolExecutor(2) as pool:
         torch.testing.assert_close(list(pool.map(train, (0, 1))), alone, rtol=0, atol=0)
