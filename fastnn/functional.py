@@ -143,6 +143,8 @@ def _settle(
         return None
     if activation == "softplus" and _autocast_is_on(input):
         return None  # autocast runs it in fp32 on CUDA
+    if _is_refused(tensors):
+        return None
     counter = tensors[7]
     if counter is not None and counter.device != input.device:
         return None  # as a checkpoint without it leaves it, loaded into a model on "meta"
@@ -151,6 +153,14 @@ def _settle(
         return None
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     return ops.settle((rows, *tensors[1:]), dtype, settings)
+
+
+def _is_refused(tensors: ops.Tensors) -> bool:
+    """Whether autograd may refuse a tensor made in inference mode: torch's own ops ask before anything is written."""
+    if torch.is_inference_mode_enabled():
+        return False
+    kept = tensors if torch.is_grad_enabled() else tensors[5:]
+    return any(tensor is not None and tensor.is_inference() for tensor in kept)
 
 
 def _linear_gains(input: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:
