@@ -9,6 +9,7 @@ from . import dispatch, functional, plans
 from .functional import BatchNorm
 from .plans import Choice
 
+JOINED = "the one between whose launches processes meet"
 _EAGER, _CPU = dispatch.Path("eager"), torch.device("cpu")
 
 
@@ -29,13 +30,14 @@ class Call:
     dtype: torch.dtype = torch.float32  # of the computation
     device: torch.device = _CPU
     norm: str = "none"  # as in launch.Settings
+    joined: bool = False  # whether it is over the batches of several processes
     save: bool = False  # whether a backward follows
     linear_alone: bool = False
     casts: bool = False  # whether operands are of another dtype than the computation
     casts_weight: bool = False  # whether the weight is
     input_gradient: bool = False
     weight_gradient: bool = False
-    bias_gradient: bool = False  # where it is a launch of its own: of a Linear alone
+    bias_gradient: bool = False  # where it is a launch of its own: of a Linear alone, or before joined statistics
 
     def unfused(self) -> str:
         """Why it is not fused now; a Linear alone is where functional says that it gains."""
@@ -51,7 +53,8 @@ class Call:
         """Whether our kernels read operands of another dtype as they are, and none is cast (ops.settle)."""
         if not self.casts or (self.save and not self.weight_gradient):
             return False
-        return plans.rounds_operands(self.M, self.N, self.K, self.dtype, self.device, self.norm, self.save)
+        norm = "none" if self.joined else self.norm  # the Linear is a call of its own
+        return plans.rounds_operands(self.M, self.N, self.K, self.dtype, self.device, norm, self.save)
 
     def choices(self) -> dict[str, Choice]:
         """The plans that the rules choose among for it now: "forward", "sums" and "gradients" of a Linear."""
@@ -59,14 +62,17 @@ class Call:
             return {}
         M, N, K, dtype, device = self.M, self.N, self.K, self.dtype, self.device
         found: dict[str, Choice] = {}
-        if K and not self.linear_alone:
+        walk = plans.statistics_choice(M, N, dtype.itemsize, device)
+        if self.joined:
+            found["forward"] = walk = walk._replace(plan="split", by=JOINED)
+        elif K and not self.linear_alone:
             found["forward"] = plans.forward_choice(M, N, K, dtype, device, self.norm, self.save)
         elif K and self._rounds():
             found["forward"] = plans.forward_choice(M, N, K, dtype, device, "none", False)
         elif self.norm == "batch":
-            found["forward"] = plans.statistics_choice(M, N, dtype.itemsize, device)
+            found["forward"] = walk
         if self.save and not self.linear_alone:
-            found["sums"] = plans.statistics_choice(M, N, dtype.itemsize, device)
+            found["sums"] = walk
         if self.weight_gradient and (self.input_gradient or self.bias_gradient or self._rounds()):
             found["gradients"] = plans.linear_backward_choice(M, N, K, dtype, device)
         return found
@@ -88,6 +94,7 @@ def call_of(
     if functional._autocast_is_on(input) and activation == "softplus":
         path = path if path.eager else dispatch.Path("eager", "autocast runs Softplus in fp32")
     mode = "none" if norm is None else "batch" if norm.training else "running"
+    joined = mode == "batch" and norm is not None and norm.process_group is not None
     alone = weight is not None and mode == "none" and activation == "identity" and p == 0
     linear_tensors = [] if weight is None else [t for t in (input, weight, bias) if t is not None]
     return Call(
@@ -101,13 +108,14 @@ def call_of(
         dtype=dtype,
         device=input.device,
         norm=mode,
+        joined=joined,
         save=_wanted(input, weight, bias, *((norm.weight, norm.bias) if norm is not None else ())),
         linear_alone=alone,
         casts=any(tensor.dtype != dtype for tensor in linear_tensors),
         casts_weight=weight is not None and weight.dtype != dtype,
         input_gradient=_wanted(input),
         weight_gradient=_wanted(weight),
-        bias_gradient=alone and _wanted(bias),
+        bias_gradient=(alone or joined) and _wanted(bias),
     )
 
 

@@ -131,6 +131,18 @@ def _transform_reason() -> str:
 
 def path(input: Tensor, dtype: torch.dtype, features: int, tensors: tuple[Tensor | None, ...]) -> Path:
     """The path of one call; dtype is the computation's (autocast's inside autocast), tensors all others it reads."""
+    found = path_of_any_batch(input, dtype, features, tensors)
+    if found.eager:
+        return found
+    if input.numel() == 0:
+        return Path("eager", "empty input")
+    if input.numel() // input.shape[-1] >= 1 << 31:
+        return Path("eager", "2^31 rows or more")
+    return found
+
+
+def path_of_any_batch(input: Tensor, dtype: torch.dtype, features: int, tensors: tuple[Tensor | None, ...]) -> Path:
+    """The same, but for what the number of rows decides, in which processes differ."""
     found = device_path(input.device)
     if found.eager:
         return found
@@ -138,10 +150,8 @@ def path(input: Tensor, dtype: torch.dtype, features: int, tensors: tuple[Tensor
         return Path("eager", f"no kernels for {dtype}")
     if input.layout is not torch.strided:
         return Path("eager", f"no kernels for {input.layout}")
-    if input.numel() == 0 or features == 0:
-        return Path("eager", "empty input")
-    if features > MAX_FEATURES or input.numel() // input.shape[-1] >= 1 << 31:
-        return Path("eager", f"more than {MAX_FEATURES} features or 2^31 rows")
+    if not 0 < features <= MAX_FEATURES:
+        return Path("eager", "empty input" if features == 0 else f"more than {MAX_FEATURES} features")
     for tensor in (input, *tensors):
         if tensor is None:
             continue

@@ -73,7 +73,7 @@ def explain(model: Any, *inputs: Any) -> Explanation:
     model is fused already or not. For each of both it calls the model once, on copies of the inputs and of its buffers.
     Buffers and the state of torch's generators are as before, and so is all that a forward by itself does not change;
     hooks are called. Whether gradients and autocast are on counts as in a call: within ``torch.no_grad()`` or in
-    ``eval()`` it explains that.
+    ``eval()`` it explains that. With SyncBatchNorm over several processes, all of them must call it.
 
     Args:
         model: any torch.nn.Module.
@@ -137,14 +137,15 @@ def _accesses(call: Call, chosen: dict[str, Choice]) -> int:
     launches: list[costs.Launch] = []
     if forward is None:
         launches += () if call.linear_alone else costs.forward_passes(rows, machine)["apply"]
-    elif call.K:
+    elif call.K and not call.joined:
         launches += costs.candidates(forward.problem, machine)[forward.plan]
     else:
         launches += costs.forward_passes(rows, machine)[forward.plan]
     if sums is not None:
         launches += costs.backward_passes(rows, machine)[sums.plan]
     grouped = "gradients" in chosen and chosen["gradients"].plan == "grouped"
-    products = (forward is None and call.linear_alone) + (1 if grouped else _products(call) if call.save else 0)
+    products = 1 if grouped else _products(call) if call.save else 0
+    products += call.K > 0 if call.joined else forward is None and call.linear_alone
     return sum(launch.accesses for launch in launches) + products
 
 

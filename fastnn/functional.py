@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import dispatch, ops, plans, reference, seeds
+from . import dispatch, ops, plans, reference, seeds, synchronised
 from .activations import ACTIVATIONS
 from .memory import TensorGuards
 from .reference import BatchNorm
@@ -39,7 +39,8 @@ def linear_batch_norm_act_dropout(
         input: (*, K), or (M, K) before BatchNorm; fp32, fp16 or bf16 run fused, other dtypes in plain torch ops.
         weight: (N, K), the input's dtype (any under autocast); None leaves Linear out, and then N = K.
         bias: (N,) or None.
-        batch_norm: arguments of ``torch.nn.functional.batch_norm`` over the N features, or None.
+        batch_norm: arguments of ``torch.nn.functional.batch_norm`` over the N features, or None. With a process_group,
+            every process of it makes the same call, with any number of rows.
         activation: a key of ``fastnn.activations.ACTIVATIONS``: "relu", "gelu", "silu", "identity", ...
         activation_args: its parameters (a, b): leaky_relu (slope, 0), elu (alpha, 0), softplus (beta, threshold).
         p: probability of dropping an element, in [0, 1]. Fused dropout draws in 16 bits: the rate is p rounded
@@ -59,11 +60,26 @@ def linear_batch_norm_act_dropout(
     if type(norm.eps) is not float or not (norm.momentum is None or type(norm.momentum) is float):
         momentum = None if norm.momentum is None else float(norm.momentum)
         norm = batch_norm = norm._replace(momentum=momentum, eps=float(norm.eps))
+    if norm.training and norm.process_group is not None:
+        return _run_joined(input, weight, bias, norm, activation, a, b, p)
     tensors = ops.tensors_of(input, weight, bias, norm)
     if torch.compiler.is_compiling():
         norm_training = None if batch_norm is None else norm.training
         return block(*tensors, norm_training, norm.momentum, norm.eps, activation, a, b, p)
     return _run(tensors, batch_norm, norm, activation, a, b, p)
+
+
+def _run_joined(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, norm: BatchNorm, activation: str, a: float, b: float,
+    p: float,
+) -> Tensor:  # fmt: skip
+    """The Linear by itself, as its bias has a gradient on each process, then the rest over all processes' rows."""
+    if not torch.compiler.is_compiling():
+        _check(input, weight, bias, norm, activation, p)
+    z = input if weight is None else linear_batch_norm_act_dropout(input, weight, bias)
+    if synchronised.serves(z, norm) and not (activation == "softplus" and _autocast_is_on(z)):
+        return synchronised.block(z, norm, activation, a, b, p)
+    return reference.block(z, None, None, norm, activation, a, b, p)
 
 
 @torch.compiler.allow_in_graph
@@ -262,7 +278,7 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> int:
 def _check_batch_norm(input: Tensor, dtype: torch.dtype, features: int, norm: BatchNorm) -> None:
     if input.dim() != 2:
         raise ValueError(f"input must be 2-D (M, K) before BatchNorm, got {input.dim()}-D {tuple(input.shape)}")
-    if norm.training and input.shape[0] == 1:
+    if norm.training and input.shape[0] == 1 and norm.process_group is None:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size (1, {features}): "
             "batch statistics need two rows or more; call eval() for a single one"

@@ -20,7 +20,7 @@ from .runs import Run
 NOT_REACHED = "not called with these inputs, or where torch.compile does not trace"
 FOLLOWED = "a global hook, a tracer or a patched layer class follows the single layers"
 CUMULATIVE = "momentum=None takes a number from the device, where torch.compile breaks the graph"
-SYNC = "SyncBatchNorm runs unfused"
+SYNC = "SyncBatchNorm over several processes is fused in a fastnn.nn.Sequential alone"
 _FUSIBLE = tuple(runs._PLACES)
 
 
@@ -166,7 +166,7 @@ def _call_of(part: Run | nn.Module, input: Any, place: str) -> Call | None:
     call = call_of(place, layers, input, weight, bias, norm, activation, p)
     if call.path.eager or len(part) == 1 or runs.fits(part, input):
         return call
-    reason = "its input is not contiguous" if weight is norm is None else "BatchNorm1d of an input that is not 2-D"
+    reason = "its input is not contiguous" if weight is norm is None else "BatchNorm of an input that is not 2-D"
     return replace(call, reason=reason)
 
 
@@ -185,8 +185,6 @@ def _unreached_reason(module: nn.Module) -> str:
 def _unfused_reason(module: nn.Module) -> str | None:
     """Why a layer is called by itself; None where its kind is never fused."""
     kind = type(module)
-    if isinstance(module, nn.SyncBatchNorm):
-        return SYNC
     if not isinstance(module, _FUSIBLE):
         return None
     if kind not in _FUSIBLE:

@@ -1,10 +1,12 @@
 """Every fused op in plain torch ops: the path of tensors Triton does not serve, and the double backward's."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules._functions import SyncBatchNorm
 
 from .activations import ACTIVATIONS
 
@@ -19,7 +21,8 @@ class BatchNorm(NamedTuple):
 
     With `training`, statistics are the batch's, `running_mean` and `running_var` (both or neither) move by
     `momentum`, or by 1/num_batches_tracked where momentum is None, and `num_batches_tracked` (() int64)
-    counts the batch. Without, they are the running statistics, which must be there.
+    counts the batch. Without, they are the running statistics, which must be there. With `training` and a
+    `process_group` (torch.distributed), the batch is that of all its processes together, as of torch.nn.SyncBatchNorm.
     """
 
     running_mean: Tensor | None = None
@@ -30,10 +33,11 @@ class BatchNorm(NamedTuple):
     training: bool = True
     momentum: float | None = 0.1
     eps: float = 1e-5
+    process_group: Any = None
 
 
 def batch_norm(y: Tensor, norm: BatchNorm) -> Tensor:
-    """What torch.nn.BatchNorm1d.forward computes.
+    """What torch.nn.BatchNorm1d.forward computes, or that of torch.nn.SyncBatchNorm.
 
     It counts the batch first, as torch does: a checkpoint's recomputation stops at the last tensor that it needs.
     """
@@ -43,6 +47,14 @@ def batch_norm(y: Tensor, norm: BatchNorm) -> Tensor:
         counter.add_(1)
     if momentum is None:
         momentum = 0.0 if counter is None else 1.0 / float(counter)
+    if norm.training and norm.process_group is not None:
+        if y.device.type == "cpu":  # torch's module asks, its function does not
+            raise ValueError("SyncBatchNorm expected input tensor to be on a GPU, got one on the CPU")
+        processes = dist.get_world_size(norm.process_group)
+        buffers = norm.running_mean, norm.running_var
+        return SyncBatchNorm.apply(
+            y, norm.weight, norm.bias, *buffers, norm.eps, momentum, norm.process_group, processes
+        )
     return F.batch_norm(
         y, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, momentum, norm.eps
     )

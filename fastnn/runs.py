@@ -1,4 +1,4 @@
-"""The grammar of a fusible run of layers: [Linear] [BatchNorm1d] [activation] [Dropout], in this order.
+"""The grammar of a fusible run of layers: [Linear] [BatchNorm1d | SyncBatchNorm] [activation] [Dropout], in this order.
 
 Two or more of them, or a Linear alone where its gradients are one launch, or its operands need no casts.
 """
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -17,6 +18,7 @@ from .reference import BatchNorm
 NOWHERE, LINEAR, BATCH_NORM, ACTIVATION, DROPOUT = range(-1, 4)
 # Exact types only: a subclass may compute something else.
 _PLACES: dict[Any, int] = {nn.Linear: LINEAR, nn.BatchNorm1d: BATCH_NORM, nn.Dropout: DROPOUT}
+_PLACES[nn.SyncBatchNorm] = BATCH_NORM
 _PLACES.update({row.module: ACTIVATION for row in ACTIVATIONS.values()})
 _ROWS = {
     row.module: [item for item in ACTIVATIONS.items() if item[1].module is row.module] for row in ACTIVATIONS.values()
@@ -96,7 +98,15 @@ def _tensor(module: nn.Module, kind: str, name: str) -> Tensor | None:
     return state[kind][name] if name in state[kind] and name not in state else getattr(module, name)
 
 
-def _batch_norm(module: nn.BatchNorm1d) -> BatchNorm:
+def _process_group(module: Any) -> Any:
+    """Of a SyncBatchNorm that normalises the batch of several processes."""
+    if not (module.training and dist.is_available() and dist.is_initialized()):
+        return None
+    group = module.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _batch_norm(module: nn.BatchNorm1d | nn.SyncBatchNorm) -> BatchNorm:
     """The arguments torch.nn.BatchNorm1d.forward would call batch_norm with."""
     training, tracks = module.training, module.track_running_stats
     mean, var, counter = None, None, None
@@ -107,7 +117,8 @@ def _batch_norm(module: nn.BatchNorm1d) -> BatchNorm:
         else:
             training = mean is None and var is None
     weight, bias = _tensor(module, "_parameters", "weight"), _tensor(module, "_parameters", "bias")
-    return BatchNorm(mean, var, weight, bias, counter, training, module.momentum, module.eps)
+    group = _process_group(module) if type(module) is nn.SyncBatchNorm else None
+    return BatchNorm(mean, var, weight, bias, counter, training, module.momentum, module.eps, group)
 
 
 def fits(run: Run, input: object) -> bool:
@@ -121,7 +132,7 @@ def fits(run: Run, input: object) -> bool:
         return False
     if _PLACES[type(run[0])] == ACTIVATION:
         return input.is_contiguous()  # torch's elementwise layers keep the strides, ours write rows
-    return dimensions == 2 or not any(type(layer) is nn.BatchNorm1d for layer in run)
+    return dimensions == 2 or not any(_PLACES[type(layer)] == BATCH_NORM for layer in run)
 
 
 def apply(run: Run, input: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from .casts import column_sum, to_stored
 from .dropout import dropout_multiplier, load_key
+from .partials import load_statistics, store_statistics
 from .tiles import aligned, load_columns, load_tile, tile_offsets
 
 NORM_NONE, NORM_BATCH, NORM_RUNNING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -227,46 +228,6 @@ def split_statistics_kernel(
         count_batch(batches_ptr)
 
 
-@triton.jit
-def store_statistics(partials_ptr, chunk, mean, rest, m2, cols, N):
-    """Of a chunk of rows, into a (chunks, 3, N) table."""
-    at = partials_ptr + 3 * chunk * N + cols
-    tl.store(at, mean, mask=cols < N)
-    tl.store(at + N, rest, mask=cols < N)
-    tl.store(at + 2 * N, m2, mask=cols < N)
-
-
-@triton.jit
-def load_partials(partials_ptr, part, parts: tl.constexpr, chunks, N, cols, CHUNKS: tl.constexpr):
-    """One part, (CHUNKS, COLS), of a (chunks, parts, N) table."""
-    chunk = tl.arange(0, CHUNKS)[:, None]
-    mask = (chunk < chunks) & (cols < N)[None, :]
-    return tl.load(partials_ptr + (parts * chunk + part) * N + cols[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def rows_of_chunks(first, M, rows_per_chunk, CHUNKS: tl.constexpr, COLS: tl.constexpr):
-    counts = tl.minimum(M - (first + tl.arange(0, CHUNKS)) * rows_per_chunk, rows_per_chunk)
-    return tl.broadcast_to(tl.maximum(counts, 0)[:, None], (CHUNKS, COLS)).to(tl.float32)
-
-
-@triton.jit
-def load_statistics(partials_ptr, M, N, chunks, rows_per_chunk, cols, CHUNKS: tl.constexpr, COLS: tl.constexpr):
-    """Mean and centred sum of squares of all rows; CHUNKS partials at a time, as 128 at once take 144 registers."""
-    mean, m2 = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
-    for first in range(0, chunks, CHUNKS):
-        at = partials_ptr + 3 * first * N
-        counts = rows_of_chunks(first, M, rows_per_chunk, CHUNKS, COLS)
-        mean += column_sum(counts * load_partials(at, 0, 3, chunks - first, N, cols, CHUNKS)) / M
-    for first in range(0, chunks, CHUNKS):
-        at = partials_ptr + 3 * first * N
-        counts = rows_of_chunks(first, M, rows_per_chunk, CHUNKS, COLS)
-        deviation = load_partials(at, 0, 3, chunks - first, N, cols, CHUNKS) - mean[None, :]
-        deviation += load_partials(at, 1, 3, chunks - first, N, cols, CHUNKS)
-        m2 += column_sum(load_partials(at, 2, 3, chunks - first, N, cols, CHUNKS) + counts * deviation * deviation)
-    return mean, m2
-
-
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
 def apply_kernel(
     z_ptr,  # (M, N)
@@ -289,7 +250,7 @@ def apply_kernel(
     mean = load_columns(None, cols, N, 0.0)
     rstd = load_columns(None, cols, N, 1.0)
     if NORM == NORM_BATCH:
-        mean, m2 = load_statistics(partials_ptr, M, N, chunks, rows_per_chunk, cols, CHUNKS, COLS)
+        mean, _, m2 = load_statistics(partials_ptr, M, N, chunks, rows_per_chunk, cols, False, CHUNKS, COLS)
         rstd = reciprocal_sqrt(m2 / M + eps)
         if chunk == 0:
             move_running_statistics(mean, m2, running_mean_ptr, running_var_ptr, batches_ptr, cols, M, N, momentum,

@@ -16,9 +16,10 @@ Accesses of (M, N) in device memory:
 import triton
 import triton.language as tl
 
-from .batch_norm import NORM_BATCH, NORM_NONE, NORM_RUNNING, RUNTIME_ARGUMENTS, load_partials, normalise
+from .batch_norm import NORM_BATCH, NORM_NONE, NORM_RUNNING, RUNTIME_ARGUMENTS, normalise
 from .casts import column_sum, to_stored
 from .dropout import dropout_multiplier, load_key
+from .partials import load_partials
 from .tiles import aligned, load_columns, load_tile, tile_offsets
 
 
@@ -195,7 +196,9 @@ def split_dz_kernel(
     partials_ptr,  # (chunks, 2, N) fp32: Σ dy, Σ dy · xhat
     dgamma_ptr, dbeta_ptr, dbias_ptr,  # (N,) or None
     seed_ptr,  # () int64 or None
-    seed: tl.uint64, M, N, chunks, rows_per_chunk, act_a, act_b, threshold, keep_scale,
+    seed: tl.uint64,
+    total_ptr,  # (N,) fp32: rows of all processes that share the statistics; None if it is one alone
+    M, N, chunks, rows_per_chunk, act_a, act_b, threshold, keep_scale,
     ACTIVATION_BACKWARD: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr,
     CHUNKS: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -207,9 +210,12 @@ def split_dz_kernel(
     mean, rstd, scale, shift = load_norm(stats_ptr, gamma_ptr, beta_ptr, cols, N)
     sum_dy = column_sum(load_partials(partials_ptr, 0, 2, chunks, N, cols, CHUNKS))
     sum_dy_xhat = column_sum(load_partials(partials_ptr, 1, 2, chunks, N, cols, CHUNKS))
+    total = M
+    if total_ptr is not None:
+        total = load_columns(total_ptr, cols, N, 1.0)
     begin = chunk * rows_per_chunk
     stream_dz(g_ptr, z_ptr, dz_ptr, begin, tl.minimum(begin + rows_per_chunk, M), N, col, mean, rstd, scale, shift,
-              sum_dy / M, sum_dy_xhat / M, act_a, act_b, key, threshold, keep_scale, ACTIVATION_BACKWARD, NORM, DROPOUT,
-              ROWS, COLS)  # fmt: skip
+              sum_dy / total, sum_dy_xhat / total, act_a, act_b, key, threshold, keep_scale,
+              ACTIVATION_BACKWARD, NORM, DROPOUT, ROWS, COLS)  # fmt: skip
     if chunk == 0:
         store_parameter_gradients(dgamma_ptr, dbeta_ptr, dbias_ptr, sum_dy, sum_dy_xhat, scale, cols, N, NORM)

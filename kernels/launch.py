@@ -5,7 +5,8 @@ empty, and of dtypes dispatch.py lets through; the current device is theirs. Not
 host.
 """
 
-from operator import itemgetter
+from functools import reduce
+from operator import itemgetter, or_
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import activations, batch_norm, batch_norm_backward, linear, linear_backward, linear_statistics, whole_batch
 from .casts import INTERPRETED
 from .dropout import threshold_and_scale
-from .tiles import LAUNCH_OPTIONS, LinearTiles, StripTiles, Tiles, access_width, power_of_two_at_least, row_multiple
+from .tiles import (
+    ACCESS_BYTES,
+    LAUNCH_OPTIONS,
+    LinearTiles,
+    StripTiles,
+    Tiles,
+    access_width,
+    power_of_two_at_least,
+    row_multiple,
+)
 
 NORM_MODES = {"none": batch_norm.NORM_NONE, "batch": batch_norm.NORM_BATCH, "running": batch_norm.NORM_RUNNING}
 # What launches are given at each call: tensors or their addresses; of z and stats too; then the seed as a number.
@@ -67,6 +77,15 @@ class Launch:
             compiled[self._grid](*given, *self._settled)
         self._compiled, self._run = compiled, compiled.run
         self._function, self._metadata = compiled.function, compiled.packed_metadata
+
+    def run(self, tensors: tuple, seed: int = 0) -> None:
+        """With tensors, by address as soon as that is settled, on the current device and stream."""
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        aligned = reduce(or_, addresses) % ACCESS_BYTES == 0
+        if self.is_compiled and aligned:
+            by_address([self], (*addresses, seed))
+        else:
+            self.by_triton((*tensors, seed), keep=aligned)
 
     def _key(self, given: tuple) -> tuple:
         """All that Triton compiles by: of numbers, none of which are specialised on, the type."""
@@ -177,34 +196,34 @@ def descriptors(x: torch.Tensor, weight: torch.Tensor, tiles: LinearTiles) -> tu
     )
 
 
-def _grid(values: dict[str, Any], tiles: Tiles) -> tuple[int, int]:
+def grid_of(values: dict[str, Any], tiles: Tiles) -> tuple[int, int]:
     return triton.cdiv(values["N"], tiles.cols), tiles.chunks
 
 
-def _count_before(values: dict[str, Any]) -> list[Launch]:
+def count_before(values: dict[str, Any], call: tuple[str, ...] = FORWARD) -> list[Launch]:
     """A launch of its own where the cumulative average reads the count in every program of the next."""
     if not values["CUMULATIVE"]:
         return []
-    return [Launch(batch_norm.count_batch_kernel, (1,), FORWARD, {**LAUNCH_OPTIONS, "num_warps": 1})]
+    return [Launch(batch_norm.count_batch_kernel, (1,), call, {**LAUNCH_OPTIONS, "num_warps": 1})]
 
 
 def forward_columns(values: dict[str, Any], tiles: Tiles) -> list[Launch]:
     """Training-mode BatchNorm in one launch; two for the cumulative average."""
     kernel, values = batch_norm.columns_forward_kernel, values | tile_values(tiles)
-    return [*_count_before(values), Launch(kernel, _grid(values, tiles), FORWARD, values)]
+    return [*count_before(values), Launch(kernel, grid_of(values, tiles), FORWARD, values)]
 
 
 def forward_split(values: dict[str, Any], tiles: Tiles) -> list[Launch]:
     """Training-mode BatchNorm in two launches, by partials (chunks, 3, N)."""
     statistics = values | tile_values(tiles) | {"maxnreg": 128}  # for two programs of 8 warps a multiprocessor
     kernel = batch_norm.split_statistics_kernel
-    return [Launch(kernel, _grid(values, tiles), FORWARD, statistics), *forward_apply(values, tiles)]
+    return [Launch(kernel, grid_of(values, tiles), FORWARD, statistics), *forward_apply(values, tiles)]
 
 
 def forward_apply(values: dict[str, Any], tiles: Tiles) -> list[Launch]:
     """One launch where no statistics are taken: partials given, running statistics or no BatchNorm."""
     values = values | tile_values(tiles) | {"CHUNKS": min(32, power_of_two_at_least(tiles.chunks))}
-    return [Launch(batch_norm.apply_kernel, _grid(values, tiles), FORWARD, values)]
+    return [Launch(batch_norm.apply_kernel, grid_of(values, tiles), FORWARD, values)]
 
 
 def forward_linear(values: dict[str, Any], tiles: LinearTiles, precision: str) -> list[Launch]:
@@ -225,20 +244,20 @@ def forward_linear_statistics(values: dict[str, Any], tiles: StripTiles, precisi
 def forward_whole_batch(values: dict[str, Any], tiles: LinearTiles, precision: str) -> list[Launch]:
     """Linear and training-mode BatchNorm in one launch; two for the cumulative average."""
     kernel, own = whole_batch.whole_batch_forward_kernel, values | _product_values(tiles, precision)
-    return [*_count_before(values), Launch(kernel, (triton.cdiv(own["N"], tiles.cols),), FORWARD, own)]
+    return [*count_before(values), Launch(kernel, (triton.cdiv(own["N"], tiles.cols),), FORWARD, own)]
 
 
 def backward_columns(values: dict[str, Any], tiles: Tiles) -> list[Launch]:
     """Gradients by z, gamma, beta and, where it is asked for, the Linear's bias, in one launch."""
     kernel, values = batch_norm_backward.columns_backward_kernel, values | tile_values(tiles)
-    return [Launch(kernel, _grid(values, tiles), BACKWARD, values)]
+    return [Launch(kernel, grid_of(values, tiles), BACKWARD, values)]
 
 
 def backward_split(values: dict[str, Any], tiles: Tiles) -> list[Launch]:
     """The same in two launches, by partials (chunks, 2, N)."""
-    values = values | tile_values(tiles) | {"CHUNKS": power_of_two_at_least(tiles.chunks)}
+    values = values | tile_values(tiles) | {"CHUNKS": power_of_two_at_least(tiles.chunks), "total_ptr": None}
     kernels = batch_norm_backward.split_sums_kernel, batch_norm_backward.split_dz_kernel
-    return [Launch(kernel, _grid(values, tiles), BACKWARD, values) for kernel in kernels]
+    return [Launch(kernel, grid_of(values, tiles), BACKWARD, values) for kernel in kernels]
 
 
 def backward_linear(values: dict[str, Any], tiles: LinearTiles, precision: str, needs_input: bool) -> list[Launch]:

@@ -17,9 +17,10 @@ Accesses of (M, N) in device memory: W z here, R z and W out in the apply launch
 import triton
 import triton.language as tl
 
-from .batch_norm import count_batch, store_statistics
+from .batch_norm import count_batch
 from .casts import to_stored
 from .linear import product_tile
+from .partials import store_statistics
 from .tiles import aligned, load_columns
 
 

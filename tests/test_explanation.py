@@ -234,7 +234,7 @@ def test_what_is_not_fused_says_why(case):
 @pytest.mark.parametrize(
     ("layers", "x", "reason"),
     [
-        ((nn.BatchNorm1d(4), nn.ReLU()), torch.randn(2, 4, 3), "BatchNorm1d of an input that is not 2-D"),
+        ((nn.BatchNorm1d(4), nn.ReLU()), torch.randn(2, 4, 3), "BatchNorm of an input that is not 2-D"),
         ((nn.ReLU(), nn.Dropout()), torch.randn(4, 2).t(), "its input is not contiguous"),
         ((nn.Linear(4, 4), nn.ReLU()), torch.randn(4), "its input is 1-D"),
         ((nn.Linear(4, 4).double(), nn.ReLU()), torch.randn(2, 4).double(), "no kernels for torch.float64"),

@@ -24,7 +24,8 @@ LAYERS = {
     "specs": {"dispatch", "kernels"},
     "recipes": {"specs", "plans", "dispatch", "kernels", "memory"},
     "ops": {"recipes", "specs", "memory", "plans", "dispatch", "reference", "kernels"},
-    "functional": {"ops", "memory", "seeds", "plans", "dispatch", "reference", "activations"},
+    "synchronised": {"ops", "recipes", "specs", "memory", "seeds", "dispatch", "reference", "kernels"},
+    "functional": {"synchronised", "ops", "memory", "seeds", "plans", "dispatch", "reference", "activations"},
     "runs": {"functional", "activations", "reference"},
     "nodes": {"runs"},
     "rewriting": {"nodes", "runs", "functional"},
@@ -85,7 +86,7 @@ def test_imports_point_downwards(path):
 
 @pytest.mark.parametrize("path", [*ROOT.glob("kernels/*.py")], ids=lambda path: path.name)
 def test_kernels_import_torch_triton_and_themselves_only(path):
-    standard = {"collections.abc", "dataclasses", "math", "operator", "struct", "typing"}
+    standard = {"collections.abc", "dataclasses", "functools", "math", "operator", "struct", "typing"}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= {"torch", "triton"} | standard

@@ -15,7 +15,7 @@ class MyLinear(nn.Linear):
 
 def shape_of(*modules):
     """The parts as text: "LBAD" a run, "." a module by itself."""
-    letters = {nn.Linear: "L", nn.BatchNorm1d: "B", nn.Dropout: "D"}
+    letters = {nn.Linear: "L", nn.BatchNorm1d: "B", nn.SyncBatchNorm: "B", nn.Dropout: "D"}
     parts = []
     for part in runs.split(modules):
         if isinstance(part, tuple):
@@ -46,7 +46,7 @@ GRAMMAR = [
     ([L, B, nn.Softmax(1), R, D], "LB . AD"),
     ([MyLinear(4, 4), B, R], ". BA"),
     ([L, nn.LayerNorm(4), R, D], "L . AD"),
-    ([L, nn.SyncBatchNorm(4), R], "L . ."),
+    ([L, nn.SyncBatchNorm(4), R], "LBA"),
     ([nn.ReLU(inplace=True), D], ". ."),  # its input is the caller's
     ([nn.Identity(), D], ". ."),  # as its output is in eval
     ([L, nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True)], "LAD"),

@@ -16,7 +16,7 @@ from support.ahead_of_time import MULTIPROCESSORS, describe, stand_in_driver
 from fastnn import dispatch, plans
 from fastnn.activations import ACTIVATIONS
 from fastnn.dispatch import Machine
-from fastnn.kernels import tiles
+from fastnn.kernels import synchronised, tiles
 from fastnn.kernels.launch import (
     BACKWARD,
     FORWARD,
@@ -111,6 +111,19 @@ def launch_split(M: int, N: int, dtype: torch.dtype, gpu: Machine) -> None:
         for launcher in (forward_apply, backward_split):
             walk(launcher, tiles.split_tiles, RELU._replace(norm="running"), M, N, dtype, gpu)
             walk(launcher, tiles.split_tiles, GELU, M, N, dtype, gpu)
+        launch_joined(M, N, dtype, gpu)
+
+
+def launch_joined(M: int, N: int, dtype: torch.dtype, gpu: Machine) -> None:
+    """What BatchNorm over several processes adds to the split plan."""
+    shape = tiles.split_tiles(M, N, dtype.itemsize, gpu.multiprocessors)
+    made = synchronised.launches(values_of(RELU, M, N, 0, dtype), shape, 64)
+    z, columns, table = torch.empty((M, N), dtype=dtype), columns_of("batch", N), torch.empty(8)
+    tables = dict.fromkeys(("partials", "row", "rows", "joined", "sums", "total"), table)
+    tensors = {"g": z, "z": z, "dz": z, "dgamma": table, "dbeta": table, "dbias": table, **columns, **tables}
+    named = [(made.pack, synchronised.PACK), (made.add_up, synchronised.ADD_UP), (made.dz, synchronised.DZ)]
+    for launch, names in [*named, *((join, synchronised.JOIN) for join in made.join)]:
+        launch.by_triton((*(tensors.get(name) for name in names[:-1]), 0), keep=False)
 
 
 def operands(M: int, N: int, K: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

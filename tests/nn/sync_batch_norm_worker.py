@@ -1,105 +1,177 @@
-"""One of two processes that train with SyncBatchNorm; prints JSON. Run by test_sync_batch_norm.py.
+"""One of two processes that train with SyncBatchNorm in fused runs; run by test_sync_batch_norm.py.
 
-    python sync_batch_norm_worker.py RANK RENDEZVOUS
+    python sync_batch_norm_worker.py RANK RENDEZVOUS FILE
 
-torch's SyncBatchNorm runs on GPUs only: here its forward is written out, with the one collective each way that it has.
-The processes have batches of different sizes, and process 1 plans that a tuned table turns to the other candidates.
+Writes to FILE what each case of CASES came to on this process, and the messages of what raises.
 """
 
-import json
 import sys
 import warnings
-from itertools import pairwise
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from support.interpreter import count_accesses
+from support.poisoned_memory import poison
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import fastnn
-from fastnn import observation, plans
-from fastnn.kernels import launch
 
+PROCESSES, K, N = 2, 5, 7
 ROWS = (12, 20)
-WIDTHS = (6, 16, 8)
-collectives: list[tuple[int, ...]] = []
-kernels: list[str] = []
 
 
-def all_reduce(tensor: Tensor) -> Tensor:
-    collectives.append(tuple(tensor.shape))
-    dist.all_reduce(tensor)
-    return tensor
+@dataclass(frozen=True)
+class Case:
+    """A run of layers, and the number of rows that each process has of a batch."""
+
+    rows: tuple[int, int] = ROWS
+    norm: dict[str, Any] = field(default_factory=dict)
+    linear: bool = True
+    activation: Callable[[], nn.Module] = nn.GELU
+    p: float = 0.0
+    mean: float = 0.0
+    dtype: torch.dtype = torch.float32
+
+    def layers(self, norm: type[nn.Module]) -> list[nn.Module]:
+        torch.manual_seed(0)
+        layers = [nn.Linear(K, N), norm(N, **self.norm), self.activation(), nn.Dropout(self.p)]
+        if self.norm.get("affine", True):
+            nn.init.normal_(layers[1].weight)  # type: ignore[arg-type]
+            nn.init.normal_(layers[1].bias)  # type: ignore[arg-type]
+        return layers if self.linear else layers[1:]
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """The joint input, and the gradient of the joint output."""
+        generator = torch.Generator().manual_seed(1)
+        rows = sum(self.rows)
+        x = torch.randn(rows, K if self.linear else N, generator=generator) + self.mean
+        return x, torch.randn(rows, N, generator=generator)
 
 
-class Sums(torch.autograd.Function):
-    """Over all processes, of (3, N): the gradient of a sum is the sum of the gradients."""
-
-    @staticmethod
-    def forward(ctx, partial: Tensor) -> Tensor:
-        return all_reduce(partial.clone())
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return all_reduce(grad.clone())
-
-
-def sync_forward(self: nn.SyncBatchNorm, x: Tensor) -> Tensor:
-    count, total, squares = Sums.apply(torch.stack([torch.ones_like(x[0]) * len(x), x.sum(0), x.square().sum(0)]))
-    mean = total / count
-    var = squares / count - mean.square()
-    return (x - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+CASES = {
+    "batches of different sizes": Case(),
+    "one row on one process": Case((1, 6)),
+    "no row on one process": Case((0, 6)),
+    "many chunks of rows": Case((700, 1300), linear=False),
+    "without a Linear": Case(linear=False),
+    "a large mean": Case((40, 24), {"momentum": 1.0}, linear=False, activation=nn.Identity, mean=1e4),
+    "cumulative average": Case(norm={"momentum": None}),
+    "without affine": Case(norm={"affine": False}),
+    "without running statistics": Case(norm={"track_running_stats": False}),
+    "dropout": Case(p=0.5),
+    "bf16": Case(linear=False, dtype=torch.bfloat16),
+}
 
 
-def layers(norm: type[nn.Module]) -> list[nn.Module]:
-    torch.manual_seed(0)
-    found: list[nn.Module] = []
-    for K, N in pairwise(WIDTHS):
-        found += [nn.Linear(K, N), norm(N), nn.ReLU(), nn.Dropout(0.0)]
-    return [*found, nn.Linear(WIDTHS[-1], 3)]
+@contextmanager
+def collectives() -> Any:
+    """The names and sizes of those that are called within."""
+    found: list[tuple[str, int]] = []
+
+    def noting(name: str, at: int) -> Any:
+        real = getattr(dist, name)
+
+        def noted(*tensors: Tensor, **group: Any) -> Any:
+            found.append((name, tensors[at].numel()))
+            return real(*tensors, **group)
+
+        return noted
+
+    with pytest.MonkeyPatch.context() as patch:
+        gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+        patch.setattr(dist, gather, noting(gather, 1))
+        patch.setattr(dist, "all_reduce", noting("all_reduce", 0))
+        yield found
 
 
-def joined_batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    rows = sum(ROWS)
-    return torch.randn(rows, WIDTHS[0], generator=generator), torch.randint(3, (rows,), generator=generator)
+def model_of(case: Case) -> tuple[nn.Module, nn.Module]:
+    """The model, and its BatchNorm."""
+    model = fastnn.nn.Sequential(*case.layers(nn.SyncBatchNorm)).to(case.dtype)
+    return model, model[int(case.linear)]
 
 
-def turn_plans_around(model: nn.Module, x: Tensor) -> None:
-    """As if tune had found every candidate faster that the rule does not take."""
-    for call in observation.observe(model, (x,))[0]:
-        for choice in call.choices().values():
-            others = {name: 1.0 for name in choice.microseconds if name != choice.plan}
-            if dist.get_rank() == 1 and others:
-                plans.learn(x.device, {choice.problem: others})
+def one_step(case: Case, rank: int) -> dict[str, Any]:
+    model, norm = model_of(case)
+    x, grad = (tensor.split(case.rows)[rank].to(case.dtype) for tensor in case.batch())
+    x.requires_grad_()
+    torch.manual_seed(rank)
+    with collectives() as called, count_accesses() as accesses:
+        out = model(x)
+        out.backward(grad)
+    eval_out = model.eval()(x)
+    return {
+        "out": out.detach(), "x": x.grad, "eval": eval_out.detach(), "collectives": called,
+        "kernels": [launch.kernel for launch in accesses.launches], **dict(norm.named_buffers()),
+        "gradients": {name: parameter.grad for name, parameter in model.named_parameters()},
+    }  # fmt: skip
 
 
-def main(rank: int, rendezvous: str) -> None:
+def steps_together(rank: int) -> list[Tensor]:
+    """Parameters and buffers after three steps of two blocks, with gradients added up over the processes."""
+    model = fastnn.nn.Sequential(*Case().layers(nn.SyncBatchNorm), nn.Linear(N, N), nn.SyncBatchNorm(N), nn.ReLU())
+    optimizer = fastnn.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    x, y = (tensor.split(ROWS)[rank] for tensor in Case().batch())
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x) - y).square().sum().backward()
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+        optimizer.step()
+    return [tensor.detach() for tensor in model.state_dict().values()]
+
+
+def raised(rank: int) -> dict[str, str]:
+    """What is torch's to refuse, the same on both processes, and what has no second derivative."""
+    found = {}
+    x = torch.randn(4, K, requires_grad=True)
+
+    def attempt(name: str, call: Callable[[], Any]) -> None:
+        try:
+            call()
+            found[name] = "nothing"
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+
+    model, norm = model_of(Case())
+    attempt("float64", lambda: model.double()(x.double()))
+    model, norm = model_of(Case())
+    norm.register_forward_hook(lambda *_: None)
+    attempt("hook", lambda: model(x))
+    model, norm = model_of(Case())
+    attempt("features", lambda: model(torch.randn(4, K + 1)))
+
+    def twice() -> None:
+        (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        grad.sum().backward()
+
+    attempt("second derivative", twice)
+    (row,) = fastnn.explain(model, x).rows
+    found["explained"] = f"{row.fused} {row.forward} {row.backward} {row.accesses}"
+    with collectives() as called:
+        model.eval()(x)
+        alone = [dist.new_group([number]) for number in range(PROCESSES)][rank]
+        norm.process_group = alone
+        model.train()(x).sum().backward()
+    return found | {"collectives": str(called)}
+
+
+def main(rank: int, rendezvous: str, file: str) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("error", module="fastnn")
-    dist.init_process_group("gloo", init_method=rendezvous, world_size=2, rank=rank)
-    nn.SyncBatchNorm.forward = sync_forward  # type: ignore[method-assign]
-    by_triton = launch.Launch.by_triton
-
-    def noted(self: launch.Launch, arguments: tuple, keep: bool) -> None:
-        kernels.append(self._kernel.fn.__name__)
-        by_triton(self, arguments, keep)
-
-    launch.Launch.by_triton = noted  # type: ignore[method-assign]
-    model = fastnn.nn.Sequential(*layers(nn.SyncBatchNorm))
-    parts = (tensor.split(ROWS)[rank] for tensor in joined_batch())
-    x, y = parts
-    turn_plans_around(model, x)
-    collectives.clear()
-    kernels.clear()
-    for _ in range(2):
-        model.zero_grad()
-        F.cross_entropy(model(x), y, reduction="sum").backward()
+    dist.init_process_group("gloo", init_method=rendezvous, world_size=PROCESSES, rank=rank)
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch)
+        found: dict[str, Any] = {name: one_step(case, rank) for name, case in CASES.items()}
+        found |= {"steps": steps_together(rank), "raised": raised(rank)}
+    torch.save(found, file)
     dist.barrier()
-    gradients = [p.grad.tolist() for p in model.parameters() if p.grad is not None]
-    json.dump({"collectives": collectives, "kernels": kernels, "gradients": gradients}, sys.stdout)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), *sys.argv[2:])

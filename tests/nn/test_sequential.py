@@ -246,11 +246,13 @@ def test_slices_and_indices():
     assert type(block[:2]) is fastnn.nn.Sequential
 
 
-def test_sync_batch_norm_conversion_runs_unfused_in_eval():
-    ours, theirs = pair()
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(ours).eval()
-    x = torch.randn(20, 6)
-    torch.testing.assert_close(converted(x), theirs.eval()(x))
+@pytest.mark.parametrize("train", [True, False])
+def test_a_converted_sync_batch_norm_of_one_process_is_fused_as_before(train):
+    ours, theirs = (model.train(train) for model in pair())
+    converted, x = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(ours)), torch.randn(20, 6)
+    assert type(converted) is fastnn.nn.Sequential
+    assert launched(copy.deepcopy(converted), x) == launched(ours, x)
+    assert_same_step(converted, theirs, x)
 
 
 def test_three_dimensional_input_is_torchs():
