@@ -69,7 +69,7 @@ def saved_elements(M: int, N: int, dtype: torch.dtype, settings: Any, keeps_z: b
     multiple of 16 bytes on.
     """
     begin = 0 if settings.norm == "none" else (N + 1) // 2 * (16 // dtype.itemsize)
-    return begin, begin + M * N * keeps_z
+    return begin, begin + (M * N if keeps_z else 0)  # sizes may be symbols, which torch 2.11 multiplies by no bool
 
 
 def stats_of(saved: Tensor, N: int) -> Tensor:
