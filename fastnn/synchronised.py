@@ -37,6 +37,8 @@ def serves(z: Tensor, norm: reference.BatchNorm) -> bool:
     counter = norm.num_batches_tracked
     if dispatch.is_traced() or (counter is not None and counter.device != z.device):
         return False
+    if not all(tensor is None or memory.is_plain(tensor) for tensor in others):
+        return False
     return not dispatch.path_of_any_batch(z, z.dtype, z.shape[1], others).eager
 
 
@@ -73,15 +75,14 @@ class _SynchronisedBlock(torch.autograd.Function):
             row = z.new_zeros((4, N), dtype=torch.float32)
             if M:
                 partials = z.new_empty((chunks, 3, N), dtype=torch.float32)
-                nothing = (None,) * 8
-                steps.statistics.run((*nothing, None, partials, None, z, None))
-                steps.pack.run((partials, row))
+                steps.statistics.run(partials=partials, z=z)
+                steps.pack.run(partials=partials, row=row)
             _all_gather(rows, row, group)
             for step in steps.join:
-                step.run((rows, saved[:3], mean, var, batches))
+                step.run(rows=rows, joined=saved[:3], running_mean=mean, running_var=var, batches=batches)
             if M:
-                joint = None, None, None, gamma, beta, saved[0], saved[1], None, on_device, None
-                steps.apply.run((*joint, out, z, saved[3:]), value)
+                joint = {"running_mean": saved[0], "running_var": saved[1], "stats": saved[3:]}
+                steps.apply.run(value, z=z, out=out, gamma=gamma, beta=beta, seed_ptr=on_device, **joint)
         ctx.save_for_backward(z, gamma, beta, saved, seed)
         ctx.call = call
         return out
@@ -104,16 +105,16 @@ class _SynchronisedBlock(torch.autograd.Function):
             steps, chunks = _launches(spec, dist.get_world_size(group))
             grad, z, saved = _dense(grad), _dense(z), _dense(saved)
             sums, dz = saved.new_zeros((2, N)), None
-            common = grad, None, None, gamma, beta, on_device
+            read = {"g": grad, "z": z, "gamma": gamma, "beta": beta, "seed_ptr": on_device, "stats": saved[3:]}
             if M:
                 partials = saved.new_empty((chunks, 2, N))
-                steps.sums.run((*common, partials, *(None,) * 7, z, saved[3:]), value)
-                steps.add_up.run((partials, sums, dgamma, dbeta))
+                steps.sums.run(value, partials=partials, **read)
+                steps.add_up.run(partials=partials, sums=sums, dgamma=dgamma, dbeta=dbeta)
             if ctx.needs_input_grad[0]:
                 dist.all_reduce(sums, group=group)
                 dz = torch.empty_like(z)
                 if M:
-                    steps.dz.run((*common, sums, dz, *(None,) * 6, z, saved[3:], saved[2]), value)
+                    steps.dz.run(value, partials=sums, total=saved[2], dz=dz, **read)
         return dz, dgamma, dbeta
 
 

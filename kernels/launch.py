@@ -54,7 +54,7 @@ class Launch:
         given = [name for name in kernel.arg_names if name not in values]
         places = [call.index(name if name in call else name.removesuffix("_ptr")) for name in given]
         self._pick = itemgetter(*places) if len(places) > 1 else lambda arguments: (arguments[places[0]],)
-        self._kernel, self._grid = kernel, (*grid, 1, 1)[:3]
+        self._kernel, self._grid, self._call = kernel, (*grid, 1, 1)[:3], call
         self._settled = tuple(values[name] for name in kernel.arg_names[len(given) :])
         self._options = {name: values[name] for name in OPTIONS if name in values}
         self._compiled = self._run = self._function = self._metadata = None
@@ -78,8 +78,9 @@ class Launch:
         self._compiled, self._run = compiled, compiled.run
         self._function, self._metadata = compiled.function, compiled.packed_metadata
 
-    def run(self, tensors: tuple, seed: int = 0) -> None:
-        """With tensors, by address as soon as that is settled, on the current device and stream."""
+    def run(self, seed: int = 0, **given: torch.Tensor | None) -> None:
+        """With tensors by name, by address as soon as that is settled, on the current device and stream."""
+        tensors = tuple(given.get(name) for name in self._call[:-1])
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         aligned = reduce(or_, addresses) % ACCESS_BYTES == 0
         if self.is_compiled and aligned:

@@ -27,12 +27,12 @@ def joined(parts: list[Tensor], momentum: float | None, batches: int) -> tuple[T
             shape = split_tiles(len(part), N, 4, 4)
             steps = synchronised.launches(values_of(len(part), N), shape, len(parts))
             partials = torch.empty(shape.chunks, 3, N)
-            steps.statistics.run((*(None,) * 9, partials, None, part, None))
-            steps.pack.run((partials, row))
+            steps.statistics.run(partials=partials, z=part)
+            steps.pack.run(partials=partials, row=row)
     table, mean, var = torch.empty(3, N), torch.zeros(N), torch.ones(N)
     count = torch.tensor(batches)
     for step in synchronised.launches(values_of(1, N, momentum), split_tiles(1, N, 4, 4), len(parts)).join:
-        step.run((rows, table, mean, var, count))
+        step.run(rows=rows, joined=table, running_mean=mean, running_var=var, batches=count)
     return table, mean, var, count
 
 
