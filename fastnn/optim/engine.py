@@ -77,6 +77,8 @@ class MultiTensorOptimizer(Algorithm):
         self.grad_norm: Tensor | None = None
         self._forget()
         super().__init__(*args, **kwargs)
+        if self.defaults.get("fused"):
+            self._step_supports_amp_scaling = True  # also of Adagrad, whose fused step torch 2.11 has for CPUs alone
         if self._adds_to_torch() and any(group["differentiable"] for group in self.param_groups):
             raise RuntimeError(f"{', '.join(EXTRAS)} do not support `differentiable`")
 

@@ -99,6 +99,7 @@ def test_hooks_fire_once_and_closures_run_once():
         assert len(calls) == 5
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # torch 2.11's, of itself
 def test_the_profiler_sees_the_step():
     params = parameters([(5,)])
     optimizer = ours("Adam")(params)
