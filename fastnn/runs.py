@@ -87,7 +87,7 @@ def _activation(module: nn.Module) -> tuple[str, tuple[float, float]]:
         arguments = row.parameters(module)
         if arguments is not None:
             return name, arguments
-    return "identity", (0.0, 0.0)
+    raise RuntimeError(f"approximate must be 'none' or 'tanh', got {module.approximate!r}")
 
 
 def _tensor(module: nn.Module, kind: str, name: str) -> Tensor | None:
