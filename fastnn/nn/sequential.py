@@ -51,6 +51,12 @@ class Sequential(nn.Sequential):
             return Sequential(OrderedDict(list(self._modules.items())[idx]))
         return super().__getitem__(idx)
 
+    def __add__(self, other: Any) -> "Sequential":
+        return Sequential(*super().__add__(other))
+
+    def __mul__(self, other: int) -> "Sequential":
+        return Sequential(*super().__mul__(other))
+
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles in its place: it knows neither our ops nor Python's introspection."""
         return nn.Sequential(OrderedDict(self._modules))

@@ -246,6 +246,17 @@ def test_slices_and_indices():
     assert type(block[:2]) is fastnn.nn.Sequential
 
 
+def test_sums_and_multiples_are_fused():
+    """Of their layers, as torch's are; a torch.nn.Sequential on the left makes one of its kind."""
+    ours, theirs = pair()
+    for found, expected in ((ours + ours, theirs + theirs), (ours * 2, theirs * 2), (2 * ours, 2 * theirs)):
+        assert type(found) is fastnn.nn.Sequential
+        assert list(found.state_dict()) == list(expected.state_dict())
+        assert list(found) == [*ours, *ours]
+    assert list(ours + theirs) == [*ours, *theirs]
+    assert type(theirs + ours) is nn.Sequential
+
+
 def test_sync_batch_norm_conversion_runs_unfused_in_eval():
     ours, theirs = pair()
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(ours).eval()
