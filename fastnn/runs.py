@@ -37,7 +37,7 @@ def are_followed() -> bool:
     if _has_any_global_hook():
         return True
     if torch.compiler.is_compiling():
-        return torch.compiler._is_exporting_flag  # is_exporting() is True to Dynamo before torch 2.13, whoever compiles
+        return torch.compiler._is_exporting_flag  # is_exporting() is True to torch 2.11's Dynamo, always
     for depth in range(torch._C._len_torch_function_stack()):
         if type(torch._C._get_function_stack_at(depth)) is not DeviceContext:
             return True
