@@ -294,7 +294,8 @@ def _check_batch_norm(input: Tensor, dtype: torch.dtype, features: int, norm: Ba
         tensor = getattr(norm, name)
         if tensor is not None and tensor.shape != (features,):
             raise RuntimeError(f"batch_norm.{name} must be (N,) = ({features},), got {tuple(tensor.shape)}")
-    if any(t is not None and t.requires_grad for t in (norm.running_mean, norm.running_var)):
+    trained = any(t is not None and t.requires_grad for t in (norm.running_mean, norm.running_var))
+    if trained and torch.is_grad_enabled():
         raise RuntimeError("batch_norm.running_mean and running_var must not require a gradient, got one that does")
     dtypes = {getattr(norm, name).dtype for name in names if getattr(norm, name) is not None}
     if len(dtypes) > 1 or not dtypes <= {dtype, torch.float32}:

@@ -69,7 +69,7 @@ class _FusedCall:
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or is_fx_symbolic_tracing() or runs.are_followed():
+        if torch.compiler.is_compiling() or _is_followed():
             return self._model._call_impl(*args, **kwargs)
         if self._compiled is None:
             self._compiled = compiled_call(self._model, _fused_graph)
@@ -78,6 +78,11 @@ class _FusedCall:
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         """A class that copies its __dict__ itself copies None."""
         return _nothing, ()
+
+
+def _is_followed() -> bool:
+    """Whether someone follows the layers or, by a dispatch mode, their ops: Dynamo would skip the frame for good."""
+    return torch._C._len_torch_dispatch_stack() > 0 or is_fx_symbolic_tracing() or runs.are_followed()
 
 
 def _nothing() -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
 
 from . import functional
 from .activations import ACTIVATIONS
@@ -31,11 +32,17 @@ Run = tuple[nn.Module, ...]
 
 
 def are_followed() -> bool:
-    """Whether someone follows the single layers: a hook on all modules, a tracer, an exporter, a patched class."""
+    """Whether someone follows the single layers: a hook on all modules, a tracer, an exporter, a patched class, a mode.
+
+    A mode of torch's functions may compute something else for a layer; that of a default device changes none.
+    """
     if _has_any_global_hook():
         return True
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return torch.compiler._is_exporting_flag  # is_exporting() is True to torch 2.11's Dynamo, always
+    for depth in range(torch._C._len_torch_function_stack()):
+        if type(torch._C._get_function_stack_at(depth)) is not DeviceContext:
+            return True
     return torch.jit.is_tracing() or [module.forward for module in _MODULES] != _FORWARDS  # 13: 0.3 µs
 
 
@@ -89,7 +96,7 @@ def _activation(module: nn.Module) -> tuple[str, tuple[float, float]]:
         arguments = row.parameters(module)
         if arguments is not None:
             return name, arguments
-    return "identity", (0.0, 0.0)
+    raise RuntimeError(f"approximate must be 'none' or 'tanh', got {module.approximate!r}")
 
 
 def _tensor(module: nn.Module, kind: str, name: str) -> Tensor | None:

@@ -99,6 +99,20 @@ def test_torch_raises_the_same_type(kind):
         F.batch_norm(F.linear(overrides.get("input", torch.randn(8, 5)), torch.randn(6, 5)), **norm)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_statistics_that_require_a_gradient_serve_where_none_is_made(training):
+    x, found = torch.randn(8, 6), []
+    for function in (linear_batch_norm_act_dropout, None):
+        mean, var = torch.zeros(6).requires_grad_(), torch.ones(6).requires_grad_()
+        with torch.no_grad():
+            if function is None:
+                out = F.batch_norm(x, mean, var, training=training)
+            else:
+                out = function(x, batch_norm=BatchNorm(mean, var, training=training))
+        found.append([out, mean, var])
+    torch.testing.assert_close(*found)
+
+
 def test_empty_batch_is_legal_and_counts():
     mean, var, counter = buffers(6)
     norm = BatchNorm(mean, var, torch.ones(6, requires_grad=True), torch.zeros(6), counter)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from support.interpreter import count_accesses
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnn
 from fastnn import tracing
@@ -393,6 +394,24 @@ def test_tracers_see_the_layers():
     ):
         torch.testing.assert_close(traced(x), expected)
         torch.testing.assert_close(fused(x), expected)
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_call_within_a_dispatch_mode_unfuses_no_other(compiled):
+    plain, fused = pair()
+    x = torch.randn(20, 6)
+    if compiled:
+        fused(x), plain(x)
+    with Mode():
+        assert blocks(fused, x) == 0
+    plain.load_state_dict(fused.state_dict())
+    assert_same_steps(plain, fused)
+    assert blocks(fused, x) == 2
 
 
 def error_of(model, x):

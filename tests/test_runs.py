@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastnn
 from fastnn import runs
 
 
@@ -99,6 +100,14 @@ def test_what_a_run_may_be_applied_to():
     (alone,) = runs.split([L])
     assert runs.fits(alone, torch.ones(2, 3, 4))
     assert not runs.fits(alone, torch.ones(4))
+
+
+def test_a_wrong_form_of_gelu_is_torchs_error():
+    """torch.nn.GELU takes any word, and refuses it when it is called."""
+    layers = nn.Linear(4, 4), nn.GELU(approximate="tan")
+    for model in (nn.Sequential(*layers), fastnn.nn.Sequential(*layers)):
+        with pytest.raises(RuntimeError, match="approximate"):
+            model(torch.ones(2, 4))
 
 
 def test_gathering_costs_little_against_one_layer():

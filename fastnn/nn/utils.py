@@ -47,10 +47,11 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: the norm is not finite and ``error_if_nonfinite``.
     """
-    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    given, parameters = parameters, [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
     if error_if_nonfinite or float(norm_type) not in ORDERS or not _are_served(grads):
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+        # An empty generator as it came: torch warns of it.
+        return torch.nn.utils.clip_grad_norm_(parameters or given, max_norm, norm_type, error_if_nonfinite, foreach)
     device, order = grads[0].device, ORDERS[float(norm_type)]
     norm = torch.empty((), dtype=functools.reduce(torch.promote_types, (grad.dtype for grad in grads)), device=device)
     dtypes = list(dict.fromkeys(grad.dtype for grad in grads))

@@ -77,6 +77,8 @@ class Algorithm(KeepsCheckpoints):
         values += [0.0] * (COLUMNS - len(values))
         numbers, addresses = [], []
         for value in values:
+            if isinstance(value, str):  # of which float() would read a number
+                raise TypeError(f"hyperparameters must be numbers, got {value!r}")
             by_address = device is not None and is_addressable(value, device)
             unread = by_address or (device is None and isinstance(value, Tensor))
             numbers.append(0.0 if unread else float(value))

@@ -9,6 +9,7 @@ import torch
 from support.interpreter import count_accesses
 from support.numerics import judge
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import fastnn
 
@@ -235,6 +236,21 @@ def test_a_patched_class_is_called(monkeypatch):
     assert torch.equal(ours[:4](torch.randn(20, 6)), torch.zeros(20, 8))
 
 
+def test_a_mode_of_functions_sees_every_layer():
+    class Doubles(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            return out * 2 if function is nn.functional.linear else out
+
+    ours, theirs = pair(track_running_stats=False)
+    x = torch.randn(12, 6)
+    launched(ours, x)
+    with Doubles():
+        torch.testing.assert_close(ours(x), theirs(x))
+    with torch.device("cpu"):  # a mode as well, which changes no layer
+        assert launched(ours, x)[-1:] == RUN
+
+
 def test_slices_and_indices():
     ours, _ = pair()
     assert type(ours[:4]) is fastnn.nn.Sequential
@@ -253,6 +269,17 @@ def test_a_converted_sync_batch_norm_of_one_process_is_fused_as_before(train):
     assert type(converted) is fastnn.nn.Sequential
     assert launched(copy.deepcopy(converted), x) == launched(ours, x)
     assert_same_step(converted, theirs, x)
+
+
+def test_sums_and_multiples_are_fused():
+    """Of their layers, as torch's are; a torch.nn.Sequential on the left makes one of its kind."""
+    ours, theirs = pair()
+    for found, expected in ((ours + ours, theirs + theirs), (ours * 2, theirs * 2), (2 * ours, 2 * theirs)):
+        assert type(found) is fastnn.nn.Sequential
+        assert list(found.state_dict()) == list(expected.state_dict())
+        assert list(found) == [*ours, *ours]
+    assert list(ours + theirs) == [*ours, *theirs]
+    assert type(theirs + ours) is nn.Sequential
 
 
 def test_three_dimensional_input_is_torchs():

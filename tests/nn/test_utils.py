@@ -77,6 +77,13 @@ def test_what_torch_clips_itself():
         torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_an_empty_generator_is_warned_of_as_torch_does():
+    for clip in (clip_grad_norm_, nn.utils.clip_grad_norm_):
+        with pytest.warns(UserWarning, match="empty generator"):
+            assert clip((parameter for parameter in ()), 1.0) == 0
+        assert clip([], 1.0) == 0  # which neither warns of
+
+
 def test_transposed_gradients_and_new_addresses():
     """Tables are kept while gradients come back to their addresses, and only then."""
     for step in range(4):
