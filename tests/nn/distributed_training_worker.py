@@ -116,10 +116,10 @@ def found(model: nn.Module, launches: list[str]) -> Results:
     return {"state": whole, "launches": launches}
 
 
-def on_one_process(library: str, name: str, steps: int) -> Results:
-    """The joined batches, in the process that calls it."""
-    model = make(library, of_batch=False)
-    return found(model, train(model, make_optimizer(library, name, model), range(steps), joined_batch))
+def on_one_process(name: str, steps: int, of_batch: bool = False) -> Results:
+    """torch.nn and torch.optim on the joined batches, in the process that calls it."""
+    model = make("torch", of_batch)
+    return found(model, train(model, make_optimizer("torch", name, model), range(steps), joined_batch))
 
 
 def ddp(library: str, of_batch: bool, micro_batches: int = 1) -> Results:

@@ -44,7 +44,7 @@ TRAININGS = {
 @pytest.mark.parametrize("training", TRAININGS)
 def test_two_processes_train_as_one_on_the_joined_batch(workers, training):
     function, *args = TRAININGS[training]
-    expected = worker.on_one_process("torch", "SGD", worker.STEPS)
+    expected = worker.on_one_process("SGD", worker.STEPS)
     for found in workers(function, "fastnn", *args):
         assert_same(found, expected)
         assert_by_kernels(found)
@@ -59,14 +59,14 @@ def test_gradients_that_ddps_hook_compresses_train_as_torchs_modules_do(workers)
 
 @pytest.mark.parametrize("training", [*(name for name in TRAININGS if not name.startswith("Zero"))])
 def test_statistics_of_a_batch_are_each_processs_own_as_with_torch(workers, training):
-    """Buffers too, which a recomputed forward moves twice; and no longer is it one process's training."""
+    """Buffers too, which a recomputed forward moves twice. On the joined batch statistics and training are others."""
     function, _, *args = TRAININGS[training]
     ours, theirs = (workers(function, library, True, *args) for library in ("fastnn", "torch"))
     for found, expected in zip(ours, theirs, strict=True):
         assert_same(found, expected)
         assert_by_kernels(found)
-    frozen = worker.on_one_process("torch", "SGD", worker.STEPS)
-    assert (ours[0]["state"]["2.0.weight"] - frozen["state"]["2.0.weight"]).abs().max() > 1e-3
+    joined = worker.on_one_process("SGD", worker.STEPS, of_batch=True)
+    assert (ours[0]["state"]["2.0.weight"] - joined["state"]["2.0.weight"]).abs().max() > 1e-3
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # where a process is alone
@@ -75,9 +75,9 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_that_in_two(workers, t
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     workers("leg", "fastnn", False, range(3), None, first)
     alone = worker.leg("fastnn", False, range(3, 5), first, second)
-    assert_same(alone, worker.on_one_process("torch", "AdamW", 5))
+    assert_same(alone, worker.on_one_process("AdamW", 5))
     assert_by_kernels(alone)
-    expected = worker.on_one_process("torch", "AdamW", 8)
+    expected = worker.on_one_process("AdamW", 8)
     for found in workers("leg", "fastnn", False, range(5, 8), second, None):
         assert_same(found, expected)
         assert_by_kernels(found)
