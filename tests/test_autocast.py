@@ -1,5 +1,7 @@
 """Autocast: kernels of small products round fp32 operands themselves, and gradients are in each tensor's own dtype."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from support.blocks import BUFFERS, Block
 from support.interpreter import count_accesses
 from support.numerics import judge, judge_once
 from support.ops_log import OpsLog
+from support.optimizers import HAS_FUSED
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -234,3 +237,48 @@ def test_an_overflow_is_found_and_the_step_skipped():
         scaler.step(optimizer)
         same = [torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
         assert all(same) == (scale == 2.0**30)
+
+
+def trained_by_gradscaler(library, name, dtype, overflow, **settings):
+    """Six steps, the third of which overflows: after each the scale, parameters and buffers, the optimizer's state."""
+    generator = torch.Generator().manual_seed(1)
+    layers = nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.SiLU(), nn.Linear(8, 3)
+    model = library.nn.Sequential(*layers)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.2, 0.5, generator=generator)
+    optimizer = getattr(library.optim, name)(model.parameters(), lr=0.05, **settings)
+    scaler, seen = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=2), []
+    for step in range(6):
+        infinite = overflow if step == 2 else None
+        x = torch.randn(20, 6, generator=generator) * (torch.inf if infinite == "input" else 1)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype):
+            out = model(x)
+        loss = (out.float() - 1).square().mean() * (torch.inf if infinite == "loss" else 1)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        state = [dict(optimizer.state[parameter]) for parameter in model.parameters()]
+        seen.append(copy.deepcopy([scaler.get_scale(), dict(model.state_dict()), state]))
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in reduce:RuntimeWarning")  # numpy's, of inf - inf
+@pytest.mark.parametrize("overflow", ["loss", "input"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("name", "settings"), [("SGD", {"momentum": 0.9}), ("Adam", {"amsgrad": True}), ("NAdam", {})])
+def test_training_by_gradscaler_through_an_overflow_is_torchs(name, settings, fused, dtype, overflow):
+    """The overflow moves buffers as torch's forward does, and neither a parameter nor the optimizer's state."""
+    if fused and name not in HAS_FUSED:
+        pytest.skip(f"torch.optim.{name} has no fused")
+    own = settings | ({"fused": True} if fused else {})
+    found = trained_by_gradscaler(fastnn, name, dtype, overflow, **own)
+    expected = trained_by_gradscaler(torch, name, dtype, overflow, **settings)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05, equal_nan=True)
+    assert [scale for scale, *_ in found] == [64.0, 128.0, 64.0, 64.0, 128.0, 128.0]
+    (_, before, state), (_, after, later) = found[1:3]
+    moved = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+    assert moved == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    torch.testing.assert_close(later, state, rtol=0, atol=0)
+    assert not any(torch.equal(found[5][1][key], tensor) for key, tensor in after.items() if "weight" in key)

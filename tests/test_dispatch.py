@@ -1,5 +1,6 @@
 """Which path a call takes, and the reasons given."""
 
+import os
 import subprocess
 import sys
 
@@ -98,15 +99,31 @@ def test_interpreter_without_numpy_says_what_is_missing():
     assert "numpy" in done.stdout
 
 
+TRAINING = """
+import copy, sys, torch, fastnn
+from fastnn import dispatch
+block, x = fastnn.nn.LinearBatchNormReLUDropout(4, 3, p=0.0), torch.randn(5, 4)
+plain = torch.nn.Sequential(*copy.deepcopy(list(block)))
+for model, optim in ((block, fastnn.optim), (plain, torch.optim)):
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        model(x).square().mean().backward()
+        optimizer.step()
+torch.testing.assert_close(block.state_dict(), plain.state_dict())
+print(*dispatch.device_path(torch.device("cpu")), "fastnn.kernels.launch" in sys.modules, sep="|")
+"""
+
+
 @pytest.mark.parametrize("version", ["3.5.1", "4.0.0", "3.10.2+git1"])
 def test_another_triton_is_warned_of_once_and_not_used(version):
-    code = f"import triton; triton.__version__ = {version!r}; import torch, fastnn; from fastnn import dispatch\n"
-    code += "fastnn.nn.LinearBatchNormReLUDropout(4, 3)(torch.randn(5, 4)).sum().backward(); print(dispatch.NO_KERNELS)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    """Where everything is imported anew: torch's own ops train the same, and no kernel is so much as imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import triton; triton.__version__ = {version!r}{TRAINING}"],
+        capture_output=True, text=True, check=True, env=os.environ | {"TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    why = f"Triton {version} is not served: fastnn is for 3.6 and newer, below 4"
     served = version.startswith("3.10")
-    assert done.stdout.strip() == (
-        "" if served else f"Triton {version} is not served: fastnn is for 3.6 and newer, below 4"
-    )
+    assert done.stdout.strip() == ("interpreter||True" if served else f"eager|{why}|False")
     assert done.stderr.count("is not served") == (0 if served else 1)
 
 

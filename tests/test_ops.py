@@ -1,5 +1,8 @@
 """The registered ops: their fakes, torch.compile over them, and where dropout seeds come from."""
 
+import importlib
+import pkgutil
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -26,6 +29,27 @@ def forward_arguments(norm="batch", linear=True, save=True, dtype=torch.float32,
         t.get("running_var"), counter, torch.tensor(KEY), computed or dtype, norm, 0.1, 1e-5,
         "relu", 0.0, 0.0, 0.5, save,
     )  # fmt: skip
+
+
+def backward_arguments():
+    x, weight, bias, gamma, beta, _, _, _, seed, *_ = arguments = forward_arguments()
+    out, saved = torch.ops.fastnn.block_forward(*arguments)
+    tensors = torch.randn_like(out), x, weight, bias, gamma, beta, saved, seed
+    return *tensors, out.dtype, "batch", "relu", 0.0, 0.0, 0.5, (True, True, True)
+
+
+CHECKED = {"block_forward": forward_arguments, "block_backward": backward_arguments}
+
+
+def test_every_op_that_is_registered_passes_opcheck():
+    """A new op fails until it is listed above, with arguments to check it by."""
+    for module in pkgutil.walk_packages(fastnn.__path__, "fastnn."):
+        if module.name != "fastnn.__main__":
+            importlib.import_module(module.name)
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastnn::")}
+    assert registered == {f"fastnn::{name}" for name in CHECKED}
+    for name, arguments in CHECKED.items():
+        torch.library.opcheck(getattr(torch.ops.fastnn, name).default, arguments())
 
 
 @pytest.mark.parametrize("save", [True, False])

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from support.ahead_of_time import Launch, resources, stand_in_driver
 from support.compiled import instructions_per_element, wide_share
+from support.host_reads import NoHostReads
 from support.interpreter import Bytes, TensorBytes, count_accesses, shuffled_grid
 from support.ops_log import OpsLog
 from support.processes import in_interpreter, without_interpreter
@@ -239,3 +240,24 @@ def test_memory_is_poisoned():
     for tensor in (torch.empty(3), torch.empty_like(torch.ones(3)), torch.ones(1).new_empty(3)):
         assert tensor.isnan().all()
     assert torch.equal(torch.empty(2, dtype=torch.int64), torch.tensor([-1, -1]))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        torch.Tensor.item, bool, float, int, range, torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy, str,
+        torch.nonzero, torch.where, lambda x: x[x > 0], lambda x: torch.equal(x, x), lambda x: 1 in x,
+        lambda x: x.to("cpu"), lambda x: x.to(device="cpu"), lambda x: torch.zeros(1).copy_(x),
+    ],
+)  # fmt: skip
+def test_no_host_reads_tells_what_is_the_devices_from_what_is_the_hosts(read):
+    device, x, known = torch.device("cpu"), torch.ones(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    with NoHostReads(known):
+        x.copy_(torch.zeros_like(known))
+        ours = torch.ones(1, dtype=torch.int64)
+        for host in (known, ours + known, torch.full((1,), 2, device="cpu")):
+            read(host[0] if read is range else host)
+        for theirs in (x, ours * x, torch.ones(1, dtype=torch.int64, device=device), known.clone().to(device)):
+            with pytest.raises(RuntimeError, match="on the host"):
+                read(theirs[0] if read is range else theirs)
+    read(x[0] if read is range else x)

@@ -3,14 +3,8 @@
 Every training here is run once with fastnn.optim and once with torch.optim, on the same data: `library` says which.
 """
 
-import gc
 import itertools
-import pickle
-import traceback
-import warnings
 from collections.abc import Iterator
-from datetime import timedelta
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -35,28 +29,6 @@ ROWS = 6  # of a batch, on each process
 FEATURES = 67
 
 Tensors = dict[str, Tensor]
-
-
-def serve(rank: int, rendezvous: str, connection: Connection) -> None:
-    """Joins the other process, then calls functions of this module by name until it is told to stop (None).
-
-    Answers are (whether it went well, result or traceback), pickled here: torch's own way of sending would share
-    memory that dies with this process.
-    """
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
-    warnings.filterwarnings("error", module="fastnn")
-    timeout = timedelta(seconds=40)
-    dist.init_process_group("gloo", init_method=rendezvous, timeout=timeout, world_size=PROCESSES, rank=rank)
-    while (request := connection.recv()) is not None:
-        function, args = request
-        try:
-            answer = True, globals()[function](*args)
-        except Exception:
-            answer = False, traceback.format_exc()
-        connection.send_bytes(pickle.dumps(answer))
-        gc.collect()
-    dist.destroy_process_group()
 
 
 # Data and models, the same in every process

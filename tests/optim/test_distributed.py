@@ -3,13 +3,7 @@
 The processes run distributed_worker.py on the CPU, with the kernels in Triton's interpreter.
 """
 
-import contextlib
-import multiprocessing
-import pickle
-import time
 from collections.abc import Iterator
-from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,86 +14,15 @@ from torch.nn import functional as F
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch.distributed with gloo is not available", allow_module_level=True)
 
-import distributed_worker
-from distributed_worker import batch, groups, mlp, parameters
+from distributed_worker import PROCESSES, batch, groups, mlp, parameters
+from support.workers import Workers
 
 COUNTS = (".step", ".mu_product")  # plain tensors in torch, too
-SECONDS = 90  # until processes that do not answer are ended
-Answers = list[dict[str, Any]]
-
-
-class Workers:
-    """Two processes; both are ended when one of them fails or does not answer, and started anew by the next call."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.starts = folder, 0
-        self.processes: list = []
-        self.connections: list = []
-
-    def start(self) -> None:
-        self.starts += 1
-        rendezvous = (self.folder / f"rendezvous{self.starts}").as_uri()
-        context = multiprocessing.get_context("spawn")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")  # read when triton is imported, there
-            for rank in range(distributed_worker.PROCESSES):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=distributed_worker.serve, args=(rank, rendezvous, theirs), daemon=True)
-                process.start()
-                theirs.close()
-                self.processes.append(process)
-                self.connections.append(ours)
-
-    def __call__(self, function: str, *args: Any) -> Answers:
-        """The results of a function of distributed_worker on the two processes."""
-        if not all(process.is_alive() for process in self.processes):
-            self.stop(force=True)
-        if not self.processes:
-            self.start()
-        for connection in self.connections:
-            connection.send((function, args))
-        answers, end = {}, time.monotonic() + SECONDS
-        while len(answers) < len(self.connections):
-            left = [c for c in self.connections if c not in answers]
-            ready = wait(left, max(0.0, end - time.monotonic()))
-            for connection in ready:
-                try:
-                    went_well, answers[connection] = pickle.loads(connection.recv_bytes())
-                except (EOFError, OSError):
-                    went_well, answers[connection] = False, "the process is gone"
-                if not went_well:
-                    end = min(end, time.monotonic() + 2)  # the other may say why, or wait in vain
-                    answers[connection] = RuntimeError(answers[connection])
-            if not ready:
-                break
-        failures = [str(a) for a in answers.values() if isinstance(a, RuntimeError)]
-        if len(answers) < len(self.connections):
-            failures.append(f"{len(answers)} of {len(self.connections)} processes have answered to {function}")
-        if failures:
-            self.stop(force=True)
-            pytest.fail("\n".join(failures), pytrace=False)
-        return [answers[connection] for connection in self.connections]
-
-    def stop(self, force: bool = False) -> None:
-        for process, connection in zip(self.processes, self.connections, strict=True):
-            if force:
-                process.kill()
-            else:
-                with contextlib.suppress(OSError):  # gone already
-                    connection.send(None)
-        for process, connection in zip(self.processes, self.connections, strict=True):
-            process.join(10)
-            if process.is_alive():
-                process.kill()
-                process.join()
-            process.close()
-            connection.close()
-        self.processes, self.connections = [], []
 
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
-    workers = Workers(tmp_path_factory.mktemp("rendezvous"))
+    workers = Workers(tmp_path_factory.mktemp("rendezvous"), "distributed_worker", PROCESSES)
     yield workers
     workers.stop()
 

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import triton
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from triton._C.libtriton import interpreter
@@ -35,7 +34,7 @@ from fastnn.optim import engine
 from support.interpreter import WRITES, touched_bytes
 from support.ops_log import ALLOCATIONS
 
-HOST_READS = (Tensor.cpu, Tensor.numpy, Tensor.tolist)  # which on a CPU are no ops
+HOST_READS = ("cpu", "numpy", "tolist")  # which on a CPU are no ops
 DEPENDS_ON_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
@@ -89,7 +88,8 @@ def record(graph: RecordedGraph, pool: object = None) -> Iterator[None]:
         for context in (by_address, launches, patch.multiple(InterpreterBuilder, **writes)):
             stack.enter_context(context)
         stack.callback(recording.undo)
-        stack.enter_context(_NoHostReads(recording))
+        for name in HOST_READS:
+            stack.enter_context(patch.object(Tensor, name, recording.read(name)))
         stack.enter_context(recording)
         yield
 
@@ -113,6 +113,10 @@ class _Recording(TorchDispatchMode):
         if namespace == "fastnn":
             with self:  # which the dispatcher left for the time of the call
                 return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+        with self:  # an op that is made of others comes whole from within one of ours
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
         if any(tag in DEPENDS_ON_VALUES for tag in func.tags) and not _indexes_by_position(func, args):
             raise RuntimeError(f"{name} reads device memory on the host, which a capture cannot")
         if func.is_view or name in ALLOCATIONS:
@@ -169,21 +173,20 @@ class _Recording(TorchDispatchMode):
 
         return noted
 
+    def read(self, name: str) -> Callable[..., Any]:
+        method = getattr(Tensor, name)
+
+        @wraps(method)
+        def read(*args: Any, **kwargs: Any) -> Any:
+            if not self.launching:
+                raise RuntimeError(f"{name} reads device memory on the host, which a capture cannot")
+            return method(*args, **kwargs)
+
+        return read
+
     def undo(self) -> None:
         for undo in reversed(self.undoing):
             undo()
-
-
-class _NoHostReads(TorchFunctionMode):
-    """Raises where a CPU tensor is read without an op."""
-
-    def __init__(self, recording: _Recording) -> None:
-        self.recording = recording
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in HOST_READS and not self.recording.launching:
-            raise RuntimeError(f"{func.__name__} reads device memory on the host, which a capture cannot")
-        return func(*args, **(kwargs or {}))
 
 
 def _memory(tensor: Tensor) -> Tensor:
