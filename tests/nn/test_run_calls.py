@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+from support.interpreter import count_accesses
 from support.sequential_pair import cost, drawn, pair
 from torch import nn
 
@@ -46,6 +47,24 @@ def test_a_fused_model_sees_patches_of_functions(name):
     with patched(F, name, calls):
         model(drawn("kernels", 12, 4))
     assert calls == [name]
+
+
+TRANSFORMS = {
+    "vmap": lambda model, x: torch.vmap(model)(x[None]),
+    "grad": lambda model, x: torch.func.grad(lambda x: cost(model(x)))(x),
+    "jvp": lambda model, x: torch.func.jvp(model, (x,), (x,)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, on its way to jvp
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_launch_no_kernel(transform):
+    model, x = models()[0].eval(), drawn("kernels", 12, 4)
+    with count_accesses() as outside:
+        model(x)
+    with count_accesses() as within:
+        TRANSFORMS[transform](model, x)
+    assert (len(outside.launches) > 0, len(within.launches)) == (True, 0)
 
 
 class Named(nn.Sequential):

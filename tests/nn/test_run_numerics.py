@@ -133,12 +133,12 @@ def test_a_weight_that_changes_within_autocast_is_seen():
 
 
 def test_sums_are_in_float32_whatever_torch_may_reduce_in():
-    """1 + 2048 twos of 2**-12 is lost in a float16 sum."""
-    model = fastnn.nn.Sequential(nn.Linear(2049, 1, bias=False), nn.ReLU()).half()
-    model[0].weight.data.fill_(2.0**-12)
+    """A float16 sum of 1 and 512 times 2**-19 is 1, also of 128 of these at a time."""
+    model = fastnn.nn.Sequential(nn.Linear(513, 1, bias=False), nn.ReLU()).half()
+    model[0].weight.data.fill_(2.0**-19)
     model[0].weight.data[0, 0] = 1.0
     settings, found = torch.backends.cuda.matmul, []
-    x = torch.ones(16, 2049, dtype=torch.float16)
+    x = torch.ones(16, 513, dtype=torch.float16)
     for reduced in (False, True):
         before = settings.allow_fp16_accumulation
         settings.allow_fp16_accumulation = reduced
@@ -148,7 +148,7 @@ def test_sums_are_in_float32_whatever_torch_may_reduce_in():
         finally:
             settings.allow_fp16_accumulation = before
     assert torch.equal(*found)
-    assert (found[0] == 1.5).all()
+    assert (found[0] == 1 + 2**-10).all()
 
 
 def test_a_zero_from_a_relu_has_no_sign():

@@ -122,6 +122,17 @@ def test_count_tensors_are_replaced(library):
 
 
 @BOTH
+def test_autograd_counts_no_changes_of_state(library):
+    """Of parameters it counts them in both: nothing else is saved for a backward in ordinary training."""
+    optimizer, params = stepped(library, "Adam")
+    found = params[0], optimizer.state[params[0]]["exp_avg"]
+    before = [tensor._version for tensor in found]
+    set_gradients(1, params)
+    optimizer.step()
+    assert [t._version > version for t, version in zip(found, before, strict=True)] == [True, library is theirs]
+
+
+@BOTH
 def test_loading_keeps_flags(library):
     optimizer, params = stepped(theirs, "Adam", foreach=False)
     other = library("Adam")(copies(params), fused=True)
@@ -237,3 +248,20 @@ def test_fused_sgd_skips_its_first_step(library):
     expected = stepped(theirs, "SGD", lr=0.1, momentum=0.9)[1]
     same = [torch.allclose(a, b) for a, b in zip(params, expected, strict=True)]
     assert same == [library is ours] * 2
+
+
+# torch.compile
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by Dynamo itself
+@pytest.mark.parametrize(("extras", "launches"), [({}, 0), ({"l1": 0.1}, 1)], ids=["plain", "l1"])
+def test_what_is_compiled_is_torchs_step(extras, launches):
+    """In place of our launch, unless it would leave out what fastnn adds."""
+    optimizer, params = stepped(ours, "Adam", **extras)
+    set_gradients(1, params)
+    with count_accesses() as accesses:
+        torch.compile(optimizer.step, backend="eager")()
+    assert len(accesses.launches) == launches
+    with count_accesses() as accesses:
+        optimizer.step()
+    assert len(accesses.launches) == 1
