@@ -65,6 +65,13 @@ def test_traces_and_exports_hold_torchs_layers():
     assert "fastnn" not in str(torch.jit.trace(model, x).inlined_graph)
 
 
+def test_torch_compile_compiles_the_layers():
+    model = fastnn.fuse(Net())
+    assert blocks(model, x) == 1
+    assert blocks(torch.compile(model, backend="eager"), x) == 0
+    assert blocks(model, x) == 1
+
+
 def test_a_fused_model_is_not_scripted():
     plain = Net()
     torch.jit.script(plain)

@@ -151,6 +151,7 @@ def test_results_of_3d_inputs_are_views():
     assert ours(x)._is_view()
     with pytest.raises(RuntimeError, match="Can't detach views in-place"):
         ours(x).detach_()
+    assert theirs[:1](x)._is_view()  # a Linear's
     assert not theirs(x)._is_view()
     assert not theirs(x).detach_().requires_grad
 
