@@ -69,7 +69,7 @@ def saved_elements(M: int, N: int, dtype: torch.dtype, settings: Any, keeps_z: b
     multiple of 16 bytes on.
     """
     begin = 0 if settings.norm == "none" else (N + 1) // 2 * (16 // dtype.itemsize)
-    return begin, begin + M * N * keeps_z
+    return begin, begin + M * N * int(keeps_z)  # torch 2.11 multiplies no symbol by a bool
 
 
 def stats_of(saved: Tensor, N: int) -> Tensor:
