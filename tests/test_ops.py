@@ -104,6 +104,19 @@ def test_compiles_without_a_break_and_equals_eager(backend):
         torch.testing.assert_close(mine, theirs)
 
 
+def test_dynamos_graph_holds_the_runs():
+    """A node each, of every batch size: torch 2.11 has its is_exporting() True in all it traces."""
+    found = []
+
+    def backend(graph, inputs):
+        found.append([node.target for node in graph.graph.nodes].count(fastnn.functional.block))
+        return graph.forward
+
+    compiled = torch.compile(mlp(), backend=backend, fullgraph=True)
+    compiled(torch.randn(12, 7)), compiled(torch.randn(20, 7))
+    assert set(found) == {3}
+
+
 def test_global_hook_is_obeyed_while_compiling():
     model = mlp(p=0.0)
     x = torch.randn(12, 7)
