@@ -18,7 +18,7 @@ from .nn.sequential import Sequential
 from .runs import Run
 
 NOT_REACHED = "not called with these inputs, or where torch.compile does not trace"
-FOLLOWED = "a global hook, a tracer, a mode or a patched layer class follows the single layers"
+FOLLOWED = "a global hook, a tracer or a patched layer class follows the single layers"
 CUMULATIVE = "momentum=None takes a number from the device, where torch.compile breaks the graph"
 SYNC = "SyncBatchNorm over several processes is fused in a fastnn.nn.Sequential alone"
 _FUSIBLE = tuple(runs._PLACES)

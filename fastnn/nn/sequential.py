@@ -21,8 +21,8 @@ class Sequential(nn.Sequential):
     ``torch.nn.Sequential``; on a GPU the dropout mask is another draw of the same distribution.
 
     A child that is a subclass, has a hook or a patched ``forward`` is called by itself, and what is around it
-    stays fused. Under a global module hook, a ``TorchFunctionMode``, a patched layer class, ``torch.jit``, ``torch.fx``
-    or ``torch.export`` every child is.
+    stays fused. Under a global module hook, a patched layer class, ``torch.jit``, ``torch.fx`` or ``torch.export``
+    every child is.
 
     Shapes: input (*, K), or (M, K) for a run with BatchNorm1d; output (*, N).
 
