@@ -6,7 +6,6 @@ import pkgutil
 import pytest
 import torch
 import torch._dynamo.testing
-import torch.nn.functional as F
 from support.blocks import KEY, Block
 from torch.utils.flop_counter import FlopCounterMode
 
