@@ -1,6 +1,7 @@
 """A training's state, and the file that keeps it: replaced as a whole after each epoch, or not at all."""
 
 import argparse
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -76,12 +77,16 @@ def write(path: Path, content: dict[str, Any]) -> None:
 def read(path: Path) -> dict[str, Any]:
     """Raises ValueError, in one line, if that is no file written by `write` of tensors and plain values."""
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        with path.open("rb") as file:
+            kept = io.BytesIO(file.read())
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        content = torch.load(kept, weights_only=True, map_location="cpu")
     except Exception as error:  # of pickle, zipfile, torch: what a damaged file raises depends on where it is damaged
         raise ValueError(f"{path} is no checkpoint, or a damaged one") from error
-    if not isinstance(content, dict) or content.keys() != {"settings", "runs", "finished"}:
+    kinds = {"settings": dict, "runs": dict, "finished": bool}
+    if not isinstance(content, dict) or {name: type(value) for name, value in content.items()} != kinds:
         raise ValueError(f"{path} is no checkpoint of this program")
     return content
 
@@ -101,9 +106,10 @@ class Checkpoint:
             return
         found = read(path)
         if resume:
-            for name, value in settings.items():
-                if name not in found["settings"] or found["settings"][name] != value:
-                    raise ValueError(f"{path} was made with {name} {found['settings'].get(name)}, not {value}")
+            for name in {**found["settings"], **settings}:
+                then, now = (of.get(name, "its default") for of in (found["settings"], settings))
+                if then != now:
+                    raise ValueError(f"{path} was made with {name} {then}, not {now}")
             self.content = found
         elif not found["finished"]:
             raise ValueError(f"{path} holds an unfinished run: go on with it by --resume, or remove it")

@@ -1,9 +1,6 @@
 """examples/digits.py: torch.nn and fastnn beside each other, every optimizer, a step as one graph, its report."""
 
 import re
-import signal
-import subprocess
-import sys
 from itertools import pairwise
 
 import digits
@@ -13,10 +10,10 @@ import torch
 from arguments import make_parser, parse
 from recipe import SCHEDULES, load
 from runs import Run
-from support.examples import NO_WARNINGS, ROOT, environment, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-SCRIPT = str(ROOT / "examples" / "digits.py")
+from fastnn import dispatch
+
 ROW = r"(torch\.nn|fastnn\.nn) +([\d.]+)"  # of the table: implementation, test accuracy in per cent
 SMALL = ["--hidden", "8", "--batch-size", "314", "--device", "cpu"]
 
@@ -25,10 +22,10 @@ def parsed(*arguments):
     return parse(make_parser(""), [*SMALL, *arguments])
 
 
-def test_digits_reaches_97_percent_with_both_and_draws_the_report(tmp_path):
-    done = run("digits.py", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    accuracies = dict(re.findall(rf"^{ROW}", done.stdout, re.MULTILINE))
+def test_digits_reaches_97_percent_with_both_and_draws_the_report(call, eager, tmp_path):
+    code, output, _ = call(digits, "--device", "cpu")
+    assert code == 0
+    accuracies = dict(re.findall(rf"^{ROW}", output, re.MULTILINE))
     assert accuracies.keys() == {"torch.nn", "fastnn.nn"}
     assert min(map(float, accuracies.values())) >= 97
     pixels = matplotlib.image.imread(tmp_path / "digits.png")
@@ -36,23 +33,23 @@ def test_digits_reaches_97_percent_with_both_and_draws_the_report(tmp_path):
     assert pixels.std() > 0.05  # curves, not a blank page
 
 
-def test_digits_on_the_cpu_is_torch_itself(tmp_path):
+def test_digits_on_the_cpu_is_torch_itself(call, eager):
     """The eager path draws torch's own masks: equal loss to the last digit shown, with all that can be asked for."""
     more = ["--schedule", "onecycle", "--clip-norm", "1", "--l1", "1e-4", "--noise", "0.1", "--shift", "1"]
-    done = run("digits.py", "--device", "cpu", "--epochs", "3", "--hidden", "32", "16", *more, folder=tmp_path)
-    rows = re.findall(rf"^{ROW} +([\d.]+)", done.stdout, re.MULTILINE)
+    _, output, _ = call(digits, *SMALL, "--epochs", "3", "--hidden", "32", "16", *more)
+    rows = re.findall(rf"^{ROW} +([\d.]+)", output, re.MULTILINE)
     assert len(rows) == 2
     assert rows[0][1:] == rows[1][1:]
 
 
-@pytest.mark.parametrize(("interpret", "dropout", "tolerance"), [("0", "0.3", 0), ("1", "0", 5e-4)])
-def test_digits_trains_alike_with_each_optimizer_of_both(tmp_path, interpret, dropout, tolerance):
+@pytest.mark.parametrize(("interpreted", "dropout", "tolerance"), [(False, "0.3", 0), (True, "0", 5e-4)])
+def test_digits_trains_alike_with_each_optimizer_of_both(call, monkeypatch, interpreted, dropout, tolerance):
     """Equal on the eager path; in Triton's interpreter up to rounding, where no dropout draws other masks."""
-    short = ["--epochs", "1", *SMALL, "--dropout", dropout]
-    done = run("digits.py", "--optimizer", "all", *short, folder=tmp_path, interpret=interpret)
-    assert done.returncode == 0, done.stderr
-    assert ("interpreter" in done.stdout) == (interpret == "1")
-    rows = re.findall(rf"^(\w+) +{ROW} +([\d.]+)", done.stdout, re.MULTILINE)
+    monkeypatch.setattr(dispatch, "INTERPRETED", interpreted)
+    code, output, _ = call(digits, "--optimizer", "all", "--epochs", "1", *SMALL, "--dropout", dropout)
+    assert code == 0
+    assert ("interpreter" in output) == interpreted
+    rows = re.findall(rf"^(\w+) +{ROW} +([\d.]+)", output, re.MULTILINE)
     names = ["sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "nadam", "adamw", "adadelta"]
     assert [row[:2] for row in rows] == [(name, library) for name in names for library in ("torch.nn", "fastnn.nn")]
     losses = [float(loss) for *_, loss in rows]
@@ -124,9 +121,8 @@ def test_digits_clips_gradients(argument, largest):
     torch.testing.assert_close(found, torch.tensor(0.01), rtol=1e-4, atol=0)  # and were larger
 
 
-def test_digits_logs_scalars_and_histograms(tmp_path):
-    done = run("digits.py", "--epochs", "2", *SMALL, "--log", "log", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_digits_logs_scalars_and_histograms(call, eager, tmp_path):
+    assert call(digits, "--epochs", "2", *SMALL, "--log", "log")[0] == 0
     for library in ("torch.nn", "fastnn.nn"):
         events = EventAccumulator(str(tmp_path / "log" / f"adam-{library}"))
         events.Reload()
@@ -147,53 +143,8 @@ def test_digits_logs_scalars_and_histograms(tmp_path):
         ("--checkpoint", "/no/such/a.pt"), ("--log", __file__), ("--resume", "--epochs=2"),
     ],
 )  # fmt: skip
-def test_digits_refuses_a_wrong_argument_in_one_line(argument, value, monkeypatch, capsys, tmp_path):
-    """In this process: each of its own would take 5 s, all of it imports."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [SCRIPT, argument, value])
-    with pytest.raises(SystemExit) as exited:
-        digits.main()
-    assert exited.value.code == 2
-    done = capsys.readouterr()
-    assert done.out == ""
-    (line,) = done.err.splitlines()
+def test_digits_refuses_a_wrong_argument_in_one_line(argument, value, call, tmp_path):
+    code, output, (line,) = call(digits, argument, value)
+    assert (code, output) == (2, "")
     assert f"argument {'--checkpoint' if argument == '--resume' else argument}: " in line
     assert not any(tmp_path.iterdir())
-
-
-def test_ctrl_c_leaves_the_last_whole_epoch_and_says_how_to_go_on(tmp_path):
-    """A signal to a process, on the eager path: the same weights to the bit as without it."""
-    arguments = [
-        "--epochs",
-        "12",
-        "--device",
-        "cpu",
-        "--noise",
-        "0.1",
-        "--schedule",
-        "onecycle",
-        "--optimizer",
-        "adamw",
-    ]
-    whole = run("digits.py", *arguments, "--checkpoint", "whole.pt", folder=tmp_path)
-    command = [sys.executable, *NO_WARNINGS, SCRIPT, *arguments, "--checkpoint", "cut.pt"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment(), cwd=tmp_path, **pipes) as process:
-        while not (tmp_path / "cut.pt").exists():
-            assert process.poll() is None, process.stderr.read()
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert whole.returncode == 0, whole.stderr
-    (line,) = error.splitlines()
-    assert "cut.pt has the last whole epoch" in line
-    again = line.partition("Go on: ")[2].split()
-    assert again[0] == "python"
-    assert again[-1] == "--resume"
-    assert not torch.load(tmp_path / "cut.pt", weights_only=True)["finished"]
-    resumed = run("digits.py", *again[2:], folder=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    one, other = (torch.load(tmp_path / name, weights_only=True)["runs"] for name in ("whole.pt", "cut.pt"))
-    for name, state in one.items():
-        assert all(torch.equal(weight, other[name]["weights"][key]) for key, weight in state["weights"].items())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.pt", "digits.png", "whole.pt"]
