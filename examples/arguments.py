@@ -11,43 +11,48 @@ WHERE = ("figure", "checkpoint", "resume", "log")  # no part of what is trained
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    style, usage = argparse.ArgumentDefaultsHelpFormatter, argparse.SUPPRESS  # without a usage an error is one line
-    return argparse.ArgumentParser(usage=usage, description=description, formatter_class=style)
+    return argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description)  # so that an error is one line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     devices = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
+    real: dict[str, Any] = {"type": float, "metavar": "X"}
+    whole: dict[str, Any] = {"type": int, "metavar": "N"}
+    several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
     own = argparse.SUPPRESS  # no attribute unless given
+    default = "(default: %(default)s)"
     add = parser.add_argument_group("model").add_argument
-    add("--hidden", type=int, nargs="+", default=[256, 128], metavar="WIDTH", help="widths of the blocks")
-    add("--activation", choices=ACTIVATIONS, default="relu", help="after each BatchNorm")
-    add("--init", choices=INITIALISATIONS, default="he-normal", help="of the weights; biases start at 0")
-    add("--dropout", type=float, default=0.3, help="probability of dropping a value")
+    add(
+        "--hidden", type=int, nargs="+", default=[256, 128], metavar="N", help="widths of the blocks (default: 256 128)"
+    )
+    add("--activation", choices=ACTIVATIONS, default="relu", help=f"after each BatchNorm {default}")
+    add("--init", choices=INITIALISATIONS, default="he-normal", help=f"of the weights; biases start at 0 {default}")
+    add("--dropout", **real, default=0.3, help=f"probability of dropping a value {default}")
     add = parser.add_argument_group("optimisation").add_argument
-    names = [*OPTIMIZERS, "all"]
-    add("--library", nargs="+", choices=LIBRARIES, default=list(LIBRARIES), metavar="NAME", help=", ".join(LIBRARIES))
-    add("--optimizer", nargs="+", choices=names, default=["adam"], metavar="NAME", help=", ".join(names))
-    add("--lr", type=float, default=own, help="learning rate (default: the optimizer's own)")
-    add("--schedule", choices=SCHEDULES, default="constant", help="of the learning rate")
-    add("--epochs", type=int, default=40, help="passes over the training part")
-    add("--batch-size", type=int, default=64, help="images per step")
-    add("--clip-norm", type=float, default=0.0, help="largest norm of all gradients together; 0: any")
-    add("--clip-value", type=float, default=0.0, help="largest absolute value in a gradient; 0: any")
+    libraries, optimizers = [*LIBRARIES], [*OPTIMIZERS, "all"]
+    add("--library", **several, choices=libraries, default=libraries, help=f"{', '.join(libraries)} (default: both)")
+    add("--optimizer", **several, choices=optimizers, default=["adam"], help=f"{', '.join(optimizers)} (default: adam)")
+    add("--lr", **real, default=own, help="learning rate (default: the optimizer's own)")
+    add("--schedule", choices=SCHEDULES, default="constant", help=f"of the learning rate {default}")
+    add("--epochs", **whole, default=40, help=f"passes over the training part {default}")
+    add("--batch-size", **whole, default=64, help=f"images per step {default}")
+    add("--clip-norm", **real, default=0.0, help="largest norm of all gradients together (default: 0, any)")
+    add("--clip-value", **real, default=0.0, help="largest absolute value in a gradient (default: 0, any)")
     add = parser.add_argument_group("regularisation").add_argument
-    add("--weight-decay", type=float, default=own, help="(default: the optimizer's own)")
-    add("--l1", type=float, default=0.0, help="times the sum of all weights' absolute values, in the loss")
-    add("--noise", type=float, default=0.0, help="standard deviation of what is added to the standardised images")
-    add("--shift", type=int, default=0, help="pixels that an image is moved by at most, each way")
-    add("--patience", type=int, default=0, help="epochs without a better validation accuracy, then stop; 0: never")
+    add("--weight-decay", **real, default=own, help="of the weights (default: the optimizer's own)")
+    add("--l1", **real, default=0.0, help=f"weight of the parameters' absolute values in the loss {default}")
+    add("--noise", **real, default=0.0, help=f"standard deviation of noise on the standardised images {default}")
+    add("--shift", **whole, default=0, help=f"pixels by which images are moved at most, each way {default}")
+    add("--patience", **whole, default=0, help="epochs without a better validation to stop after (default: 0, never)")
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=0, help="of the split, the weights, the batches, dropout and augmentation")
-    add("--device", choices=devices, default=devices[0], help="where all train")
+    add("--seed", **whole, default=0, help=f"of split, weights, batches, dropout and augmentation {default}")
+    add("--device", choices=devices, default=devices[0], help=f"where all train {default}")
     add("--graph", action="store_true", help="replay each step as one CUDA graph")
-    add("--figure", type=Path, default="digits.png", metavar="PATH", help="curves and confusion: .png, .pdf or .svg")
-    add("--checkpoint", type=Path, default="digits.pt", metavar="PATH", help="written after every epoch")
+    add("--figure", type=Path, default="digits.png", metavar="PATH", help=f"the report: .png, .pdf or .svg {default}")
+    add("--checkpoint", type=Path, default="digits.pt", metavar="PATH", help=f"written after every epoch {default}")
     add("--resume", action="store_true", help="go on with the checkpoint's unfinished runs")
-    add("--log", type=Path, default=None, metavar="DIRECTORY", help="scalars and histograms for TensorBoard")
+    add("--log", type=Path, metavar="DIRECTORY", help="scalars and histograms for TensorBoard (default: none)")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -3,14 +3,14 @@
 Both runs start from the same weights and see the same batches; only the library that Sequential and optimizer are from
 differs. The weights of the epoch with the best validation accuracy are restored before the one look at the test part.
 The report, curves and confusion matrix, goes to digits.png. `--optimizer all` trains with every optimizer in turn.
-After each epoch all that is needed to go on is in digits.pt: `--resume` does so, after Ctrl-C or whatever else.
+After each epoch digits.pt has all that is needed to go on: `--resume` does so, after Ctrl-C or whatever else.
 `--graph` replays the whole step as one CUDA graph, where layers as small as these wait for the host.
 
     $ python examples/digits.py
     implementation   test accuracy %   test loss    F1 %   epochs   step ms   kernels
     ─────────────────────────────────────────────────────────────────────────────────
-    torch.nn                   98.06      0.1327   98.05       40       ...         -
-    fastnn.nn                  98.06      0.1327   98.05       40       ...         -
+    torch.nn                   97.78      0.0747   97.77       40       ...         -
+    fastnn.nn                  97.78      0.0747   97.77       40       ...         -
     Ran on cpu; fastnn's path there: eager (no kernels for cpu tensors)
 """
 

@@ -7,6 +7,7 @@ import digits
 import matplotlib.image
 import pytest
 import torch
+import tune
 from arguments import make_parser, parse
 from recipe import SCHEDULES, load
 from runs import Run
@@ -148,3 +149,15 @@ def test_digits_refuses_a_wrong_argument_in_one_line(argument, value, call, tmp_
     assert (code, output) == (2, "")
     assert f"argument {'--checkpoint' if argument == '--resume' else argument}: " in line
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", [digits, tune])
+def test_help_says_what_each_argument_is_and_its_default(call, module):
+    code, output, error = call(module, "--help")
+    assert (code, error) == (0, [])
+    options = re.split(r"\n  (?=--)", output)[1:]
+    assert len(options) >= 8
+    for option in options:
+        assert "default: " in option or option.startswith(("--graph", "--resume")), option
+    assert "None" not in output
+    assert "[" not in re.sub(r"\[N(AME)? \.\.\.\]", "", output)  # no list as Python writes it

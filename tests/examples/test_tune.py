@@ -35,7 +35,7 @@ def test_a_search_draws_every_setting_and_is_repeated_by_its_seed(main, search):
     trials = trials_of(output)
     assert len(trials) == 6
     columns = list(zip(*trials.values(), strict=True))
-    assert all(len(set(column)) > 1 for column in columns[2:])
+    assert sum(len(set(column)) > 1 for column in columns[2:]) >= 6  # of seven; TPE may hold to one
     assert [float(mean) for mean in columns[0]] == sorted(map(float, columns[0]), reverse=True)
     best = next(iter(trials))
     assert re.search(rf"^Trial {best}, trained on the whole training part: test accuracy \d+\.\d\d %$", output, re.M)

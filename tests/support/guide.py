@@ -68,7 +68,8 @@ def main(kind: str = "all", *chosen: str) -> None:
         if kind in ("all", "console"):
             for command in commands_of(blocks):
                 print(f"$ {command}", flush=True)
-                subprocess.run(command, shell=True, check=True, env=environment())
+                warnings = {} if command.startswith("python") else {"PYTHONWARNINGS": ""}  # TensorBoard's own
+                subprocess.run(command, shell=True, check=True, env=environment() | warnings)
 
 
 if __name__ == "__main__":
