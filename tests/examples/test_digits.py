@@ -13,6 +13,7 @@ from recipe import SCHEDULES, load
 from runs import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import fastnn
 from fastnn import dispatch
 
 ROW = r"(torch\.nn|fastnn\.nn) +([\d.]+)"  # of the table: implementation, test accuracy in per cent
@@ -116,6 +117,7 @@ def test_digits_stops_early_and_restores_the_best_weights():
 def test_digits_clips_gradients(argument, largest):
     args = parsed("--epochs", "1", argument, "0.01")
     trained = Run("sgd", "fastnn.nn", args)
+    assert type(trained.model) is fastnn.nn.Sequential
     digits.train(trained, load(0), [])
     grads = torch.cat([parameter.grad.flatten() for parameter in trained.model.parameters()])
     found = grads.norm() if largest == "norm" else grads.abs().max()

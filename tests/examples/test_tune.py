@@ -1,9 +1,14 @@
 """examples/tune.py: a table and a figure of every trial, by each of the three searches."""
 
+import argparse
 import re
 
+import numpy as np
 import pytest
 import tune
+from recipe import LIBRARIES
+from sklearn.datasets import load_digits
+from torch import nn
 
 
 @pytest.fixture
@@ -57,6 +62,18 @@ def test_torch_in_fastnns_place_finds_the_same(main):
         for library in ("fastnn.nn", "torch.nn")
     )
     assert ours == theirs
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_estimator_is_of_that_library_and_these_settings(library, eager):
+    settings = {name: usual for name, (usual, _, _) in tune.AXES.items()} | {"depth": 3, "lr": 0.02}
+    args = argparse.Namespace(library=library, epochs=1)
+    x, y = load_digits(return_X_y=True)
+    net = tune.make_estimator(args, settings).fit(x[:200].astype(np.float32), y[:200])[-1]
+    assert type(net.module_) is LIBRARIES[library].nn.Sequential
+    assert type(net.optimizer_) is LIBRARIES[library].optim.AdamW
+    assert net.optimizer_.param_groups[0]["lr"] == 0.02
+    assert [layer.out_features for layer in net.module_ if isinstance(layer, nn.Linear)] == [256, 128, 64, 10]
 
 
 @pytest.mark.parametrize(
