@@ -9,9 +9,21 @@ from fastnn import dispatch
 
 
 @pytest.fixture
-def eager(monkeypatch):
+def take_path(monkeypatch):
+    """take_path(interpreted): CPU tensors go to the kernels in Triton's interpreter, or take torch's own ops."""
+
+    def take(interpreted):
+        if interpreted and not dispatch.INTERPRETED:
+            pytest.skip("the kernels take CPU tensors in Triton's interpreter only: FASTNN_TEST_DEVICE=cpu")
+        monkeypatch.setattr(dispatch, "INTERPRETED", interpreted)
+
+    return take
+
+
+@pytest.fixture
+def eager(take_path):
     """The path of a user's CPU: torch's own ops."""
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    take_path(False)
 
 
 @pytest.fixture

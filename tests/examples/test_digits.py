@@ -14,7 +14,6 @@ from runs import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fastnn
-from fastnn import dispatch
 
 ROW = r"(torch\.nn|fastnn\.nn) +([\d.]+)"  # of the table: implementation, test accuracy in per cent
 SMALL = ["--hidden", "8", "--batch-size", "314", "--device", "cpu"]
@@ -45,9 +44,9 @@ def test_digits_on_the_cpu_is_torch_itself(call, eager):
 
 
 @pytest.mark.parametrize(("interpreted", "dropout", "tolerance"), [(False, "0.3", 0), (True, "0", 5e-4)])
-def test_digits_trains_alike_with_each_optimizer_of_both(call, monkeypatch, interpreted, dropout, tolerance):
+def test_digits_trains_alike_with_each_optimizer_of_both(call, take_path, interpreted, dropout, tolerance):
     """Equal on the eager path; in Triton's interpreter up to rounding, where no dropout draws other masks."""
-    monkeypatch.setattr(dispatch, "INTERPRETED", interpreted)
+    take_path(interpreted)
     code, output, _ = call(digits, "--optimizer", "all", "--epochs", "1", *SMALL, "--dropout", dropout)
     assert code == 0
     assert ("interpreter" in output) == interpreted

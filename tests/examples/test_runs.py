@@ -12,8 +12,6 @@ import runs
 import torch
 from support.examples import ROOT, environment
 
-from fastnn import dispatch
-
 SCRIPT = str(ROOT / "examples" / "digits.py")
 SMALL = ["--hidden", "8", "--batch-size", "628", "--epochs", "3", "--device", "cpu", "--dropout", "0.5"]
 SMALL += ["--noise", "0.1", "--shift", "1"]
@@ -76,7 +74,7 @@ def test_interrupted_at_any_epoch_and_resumed_is_the_same_to_the_bit(
     main, monkeypatch, tmp_path, settings, interpreted
 ):
     """At the end of each epoch's steps, before it is kept; on the eager path and by the kernels."""
-    monkeypatch.setattr(dispatch, "INTERPRETED", interpreted)
+    take_path(interpreted)
     assert main(*settings, "--checkpoint", "whole.pt") == (0, [])
     whole = content(tmp_path / "whole.pt")
     assert whole["finished"]

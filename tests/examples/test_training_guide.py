@@ -6,11 +6,8 @@ import sys
 
 import matplotlib
 import pytest
-import torch
 from support.examples import ROOT, environment
 from support.guide import GUIDE, commands_of, read_sections, run_python
-
-from fastnn import dispatch
 
 TEXT = GUIDE.read_text()
 SECTIONS = read_sections()
@@ -49,14 +46,13 @@ def test_the_python_runs_prints_what_is_said_and_makes_its_figures(checkout):
     assert output.splitlines() == list(SECTIONS)[1:]
 
 
-def test_the_optimizers_equations_hold_for_the_kernels():
-    """In this process, where kernels run in Triton's interpreter."""
+def test_the_optimizers_equations_hold_for_the_kernels(take_path):
+    take_path(True)
     (blocks,) = [blocks for title, blocks in SECTIONS.items() if title.endswith("Optimizers")]
     names = {}
     with matplotlib.rc_context():
         run_python(next(iter(SECTIONS.values())), names)
         run_python(blocks, names)
-    assert dispatch.device_path(torch.device("cpu")).name == "interpreter"
 
 
 @pytest.mark.parametrize("title", [title for title, blocks in SECTIONS.items() if commands_of(blocks)])
