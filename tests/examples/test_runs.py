@@ -71,7 +71,7 @@ def interrupt_at(monkeypatch, owner, name, number, before=True):
     ],
 )
 def test_interrupted_at_any_epoch_and_resumed_is_the_same_to_the_bit(
-    main, monkeypatch, tmp_path, settings, interpreted
+    main, take_path, monkeypatch, tmp_path, settings, interpreted
 ):
     """At the end of each epoch's steps, before it is kept; on the eager path and by the kernels."""
     take_path(interpreted)
