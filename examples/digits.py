@@ -120,10 +120,9 @@ def train(run: Run, data: Data, after_epoch: list[Callable[[], None]]) -> None:
         if args.noise or args.shift:
             images.copy_(augment(x, data.centre, args.noise, args.shift, run.shuffle))
         batches = torch.randperm(TRAIN, generator=run.shuffle).to(x.device).split(args.batch_size)
-        steps = []
+        rate, steps = float(run.optimizer.param_groups[0]["lr"]), []
         for batch in batches[: TRAIN // args.batch_size]:  # without an incomplete one at the end
             steps.append(step(batch))
-            rate = float(run.optimizer.param_groups[0]["lr"])
             if per_batch:
                 run.schedule.step()
         accuracy, loss, _ = evaluate(run.model, *data.validation)
@@ -131,7 +130,7 @@ def train(run: Run, data: Data, after_epoch: list[Callable[[], None]]) -> None:
             plateau = isinstance(run.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
             run.schedule.step(*[loss] * plateau)
         history["loss"].append(mean(loss for loss, _ in steps))
-        history["lr"].append(rate)  # of the last step
+        history["lr"].append(rate)  # of the first step
         history["ms"] += [milliseconds for _, milliseconds in steps]
         history["accuracy"].append(accuracy)
         history["validation loss"].append(loss)
@@ -143,7 +142,7 @@ def train(run: Run, data: Data, after_epoch: list[Callable[[], None]]) -> None:
             call()
     if x.is_cuda:
         run.model.train()
-        run.kernels = count_kernels(lambda: step(batches[0]))
+        run.kernels = count_kernels(lambda: step(torch.arange(args.batch_size, device=x.device)))
     run.model.load_state_dict(run.weights)
     run.finished = True
 

@@ -92,9 +92,9 @@ def test_digits_follows_the_schedule(schedule):
         assert rates == pytest.approx(expected[schedule])
     elif schedule == "cosine":
         assert all(later < earlier for earlier, later in pairwise(rates))
-    elif schedule == "onecycle":  # by batch: up, then down to next to nothing
+    elif schedule == "onecycle":  # by batch: up, then down
         assert max(rates) > 2 * rates[0]
-        assert rates[-1] < 1e-4 * max(rates)
+        assert rates[-1] < max(rates) / 5
     else:
         assert rates == [0.01] * 6  # a plateau of four epochs does not come in six that learn
 
