@@ -55,6 +55,39 @@ def test_the_optimizers_equations_hold_for_the_kernels(take_path):
         run_python(blocks, names)
 
 
+def with_torch(blocks):
+    """fastnn's Sequential and optimizers replaced by torch's."""
+    names = ("fastnn.nn.Sequential", "nn.Sequential"), ("fastnn.optim", "torch.optim"), ("import fastnn\n", "")
+    for old, new in names:
+        blocks = [(kind, code.replace(old, new) if kind == "python" else code, line) for kind, code, line in blocks]
+    return blocks
+
+
+def python_of(blocks):
+    return "".join(code for kind, code, _ in blocks if kind == "python")
+
+
+OURS_ALONE = re.compile(r"fastnn|\bl1=|max_grad_norm=")  # what torch has nothing for
+OF_BOTH = [
+    title for title in SECTIONS if (code := python_of(with_torch(SECTIONS[title]))) and not OURS_ALONE.search(code)
+]
+
+
+@pytest.mark.parametrize("title", OF_BOTH)
+def test_nothing_but_the_import_changes(title, checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    names = {}
+    with matplotlib.rc_context():
+        run_python(with_torch(SECTIONS["Before you start"]), names)
+        run_python(with_torch(SECTIONS[title]), names)
+    names["plt"].close("all")
+    assert "fastnn" not in names
+
+
+def test_most_sections_are_torchs_as_well():
+    assert {title.partition(".")[0] for title in OF_BOTH} == {"1", "2", "4", "6", "7", "10", "11"}
+
+
 @pytest.mark.parametrize("title", [title for title, blocks in SECTIONS.items() if commands_of(blocks)])
 def test_the_commands_run(checkout, title):
     made, output = run_guide(checkout, "console", title.partition(".")[0])
