@@ -2,94 +2,49 @@
 
 Both runs start from the same weights and see the same batches; only the library that Sequential and optimizer are from
 differs. The weights of the epoch with the best validation accuracy are restored before the one look at the test part.
-The curves go to digits.png. `--optimizer all` trains with every optimizer in turn: two rows and two panels for each.
+The report, curves and confusion matrix, goes to digits.png. `--optimizer all` trains with every optimizer in turn.
+After each epoch digits.pt has all that is needed to go on: `--resume` does so, after Ctrl-C or whatever else.
 `--graph` replays the whole step as one CUDA graph, where layers as small as these wait for the host.
 
     $ python examples/digits.py
-    implementation   test accuracy %   test loss   median step ms   GPU kernels/step
-    ────────────────────────────────────────────────────────────────────────────────
-    torch.nn                   98.06      0.1323              ...                  -
-    fastnn.nn                  98.06      0.1323              ...                  -
+    implementation   test accuracy %   test loss    F1 %   epochs   step ms   kernels
+    ─────────────────────────────────────────────────────────────────────────────────
+    torch.nn                   97.78      0.0747   97.77       40       ...         -
+    fastnn.nn                  97.78      0.0747   97.77       40       ...         -
     Ran on cpu; fastnn's path there: eager (no kernels for cpu tensors)
 """
 
-import argparse
+import shlex
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from statistics import mean, median
-from types import ModuleType
+from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from rich import box, print
-from rich.progress import track
-from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from sklearn.preprocessing import StandardScaler
-from torch import nn
-from torch.optim import Optimizer
+from arguments import make_parser, parse, settings_of
+from recipe import TRAIN, Data, augment, load
+from report import Monitor, Progress, draw, make_table
+from rich import print
+from runs import Checkpoint, Run, random_states
+from sklearn.metrics import f1_score
+from torch import Tensor, nn
 
-import fastnn
 from fastnn import dispatch
 
-TRAIN, VALIDATION, TEST = 1257, 180, 360  # images: 70, 10 and 20 per cent of 1797
-LIBRARIES = {"torch.nn": torch, "fastnn.nn": fastnn}
-OPTIMIZERS: dict[str, tuple[str, dict]] = {  # the class, of the same name in both, and arguments that suit the digits
-    "sgd": ("SGD", {"lr": 0.03, "momentum": 0.9, "nesterov": True}),
-    "adam": ("Adam", {"lr": 1e-3}),
-    "adamw": ("AdamW", {"lr": 1e-3}),
-    "nadam": ("NAdam", {"lr": 1e-3}),
-    "rmsprop": ("RMSprop", {"lr": 1e-3}),
-    "adagrad": ("Adagrad", {"lr": 0.01}),
-    "adadelta": ("Adadelta", {"lr": 1.0}),
-}
 WARM_UP = 3  # steps before a capture: kernels are loaded in them, and the optimizer's state is made
-Part = tuple[torch.Tensor, torch.Tensor]
-Run = tuple[list[float], list[float], list[str]]  # every epoch's training loss and validation accuracy; the table's row
-
-
-def load(seed: int, device: str) -> list[Part]:
-    """Stratified training, validation and test parts, standardised by the training part's statistics."""
-    x, y = load_digits(return_X_y=True)
-    x, x_test, y, y_test = train_test_split(x, y, test_size=TEST, stratify=y, random_state=seed)
-    x, x_val, y, y_val = train_test_split(x, y, test_size=VALIDATION, stratify=y, random_state=seed)
-    scale = StandardScaler().fit(x).transform
-    parts = (scale(x), y), (scale(x_val), y_val), (scale(x_test), y_test)
-    return [(torch.tensor(a).float().to(device), torch.tensor(b).to(device)) for a, b in parts]
-
-
-def build(sequential: type[nn.Sequential], hidden: list[int], dropout: float) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for n_in, n_out in zip([64, *hidden], hidden, strict=False):
-        layers += [nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.ReLU(), nn.Dropout(dropout)]
-    layers.append(nn.Linear(hidden[-1], 10))
-    for layer in layers:
-        if isinstance(layer, nn.Linear):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    return sequential(*layers)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float, Tensor]:
+    """Accuracy in per cent, mean cross-entropy, and the predicted classes."""
     logits = model.eval()(x)
-    return 100 * (logits.argmax(1) == y).float().mean().item(), nn.functional.cross_entropy(logits, y).item()
+    predicted = logits.argmax(1)
+    return 100 * (predicted == y).float().mean().item(), nn.functional.cross_entropy(logits, y).item(), predicted
 
 
-def prepare(library: ModuleType, name: str, args: argparse.Namespace) -> tuple[nn.Module, Optimizer]:
-    torch.manual_seed(args.seed)  # the initial weights, for every run the same
-    model = build(library.nn.Sequential, args.hidden, args.dropout).to(args.device)
-    class_name, settings = OPTIMIZERS[name]
-    if "lr" in args:
-        settings = settings | {"lr": args.lr}
-    if args.graph:  # steps counted on the GPU, and a rate that a schedule can still change: a number is part of a graph
-        on_gpu = "fused" if class_name in ("SGD", "Adagrad") else "capturable"  # these two have no such flag
-        settings = settings | {"lr": torch.tensor(settings["lr"], device=args.device), on_gpu: True}
-    return model, getattr(library.optim, class_name)(model.parameters(), **settings)
-
-
-def graphed(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+def graphed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The step as one CUDA graph, captured at the fourth call; its result is overwritten by the next replay's.
 
     The calls before are the warm-up that a capture needs, on a side stream. They train as the step alone would, and a
@@ -97,7 +52,7 @@ def graphed(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """
     warnings.filterwarnings("ignore", ".* running without .* graph capture")  # torch's optimizers, of the warm-up
 
-    def results() -> Iterator[torch.Tensor]:
+    def results() -> Iterator[Tensor]:
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         for _ in range(WARM_UP):
             side.wait_stream(torch.cuda.current_stream())
@@ -114,130 +69,125 @@ def graphed(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     return results().__next__
 
 
-def train(model: nn.Module, optimizer: Optimizer, parts: list[Part], args: argparse.Namespace, label: str) -> Run:
-    (x, y), validation, test = parts
-    torch.manual_seed(args.seed)  # the dropout masks
-    shuffle = torch.Generator().manual_seed(args.seed)  # the order of the batches
+def make_step(run: Run, images: Tensor, labels: Tensor) -> Callable[[Tensor], tuple[float, float]]:
+    """One step of training on the given rows of images and labels: its loss, and the milliseconds it took."""
+    args, model, optimizer = run.args, run.model, run.optimizer
+    parameters = list(model.parameters())
+    rows = torch.zeros(args.batch_size, dtype=torch.int64, device=images.device)  # where a graph reads them
 
-    rows = torch.zeros(args.batch_size, dtype=torch.int64, device=x.device)  # of the batch, where a graph reads them
-
-    def step() -> torch.Tensor:
+    def step() -> Tensor:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
+        loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
+        if args.l1:
+            loss = loss + args.l1 * sum(parameter.abs().sum() for parameter in parameters)
         loss.backward()
+        if args.clip_norm:
+            run.library.nn.utils.clip_grad_norm_(parameters, args.clip_norm)
+        if args.clip_value:
+            nn.utils.clip_grad_value_(parameters, args.clip_value)
         optimizer.step()
         return loss.detach()
 
-    run = graphed(step) if args.graph else step
+    call = graphed(step) if args.graph else step
 
-    def timed_step(batch: torch.Tensor) -> tuple[float, float]:
+    def timed_step(batch: Tensor) -> tuple[float, float]:
         start = time.perf_counter()
         rows.copy_(batch)
-        return run().item(), 1000 * (time.perf_counter() - start)  # item() waits for the whole step on a GPU
+        return call().item(), 1000 * (time.perf_counter() - start)  # item() waits for the whole step on a GPU
 
-    losses, accuracies, times, best = [], [], [], (-1.0, 0.0)
-    for _ in track(range(args.epochs), label):
-        model.train()
-        batches = torch.randperm(TRAIN, generator=shuffle).to(x.device).split(args.batch_size)
-        steps = [timed_step(batch) for batch in batches if len(batch) == args.batch_size]  # the last may be incomplete
-        losses.append(mean(loss for loss, _ in steps))
-        times += [milliseconds for _, milliseconds in steps]
-        accuracy, loss = evaluate(model, *validation)
-        accuracies.append(accuracy)
-        if (accuracy, -loss) > best:  # of equal accuracies, the lower loss
-            best, weights = (accuracy, -loss), {key: value.clone() for key, value in model.state_dict().items()}
-    model.load_state_dict(weights)
-    accuracy, loss = evaluate(model, *test)
-    model.train()
-    kernels = "-"
-    if x.is_cuda:  # what the GPU runs in a forward, backward and update, without copies and fills
-        with torch.profiler.profile() as profile:
-            timed_step(batches[0])
-        events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        kernels = str(sum(not e.is_user_annotation and not e.name.startswith(("Memcpy", "Memset")) for e in events))
-    return losses, accuracies, [f"{accuracy:.2f}", f"{loss:.4f}", f"{median(times):.3f}", kernels]
+    return timed_step
 
 
-def draw(runs: dict[tuple[str, str], Run], args: argparse.Namespace) -> None:
-    plt.switch_backend("Agg")
-    figure = plt.figure(figsize=(11, 2.2 + 2.2 * len(args.optimizer)), layout="constrained")
-    rows = figure.subplots(len(args.optimizer), 2, sharex=True, sharey="col", squeeze=False)
-    figure.suptitle(f"MLP on scikit-learn's digits, trained with torch.nn and with fastnn.nn on {args.device}")
-    epochs = range(1, args.epochs + 1)
-    for name, axes in zip(args.optimizer, rows, strict=True):
-        axes[0].set(title=f"Training loss, {name}", ylabel="mean cross-entropy (nats)", yscale="log")
-        axes[1].set(title=f"Validation accuracy, {name}", ylabel="accuracy (%)")
-        plain, fused = (runs[name, implementation] for implementation in LIBRARIES)
-        for i, ax in enumerate(axes):
-            ax.plot(epochs, plain[i], "o-", color="tab:orange", lw=4, alpha=0.5, label="torch.nn")
-            ax.plot(epochs, fused[i], ".--", color="tab:blue", label="fastnn.nn")  # on a CPU over the other
-            ax.set(xticks=range(0, args.epochs + 1, max(1, args.epochs // 8)))
-            ax.grid(alpha=0.3)
-            ax.legend(loc=("upper right", "lower right")[i])
-    for ax in rows[-1]:
-        ax.set(xlabel="epoch")
-    figure.savefig(args.figure, dpi=150)
+def count_kernels(step: Callable[[], Any]) -> str:
+    """What the GPU runs in a forward, backward and update, without copies and fills."""
+    with torch.profiler.profile() as profile:
+        step()
+    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return str(sum(not e.is_user_annotation and not e.name.startswith(("Memcpy", "Memset")) for e in events))
 
 
-def parse_arguments() -> argparse.Namespace:
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    devices = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
-    style, usage = argparse.ArgumentDefaultsHelpFormatter, argparse.SUPPRESS  # without a usage an error is one line
-    parser = argparse.ArgumentParser(usage=usage, description=(__doc__ or "").split("\n")[0], formatter_class=style)
-    add = parser.add_argument
-    names = [*OPTIMIZERS, "all"]
-    add("--optimizer", nargs="+", choices=names, default=["adam"], metavar="NAME", help=", ".join(names))
-    add("--epochs", type=int, default=40, help="passes over the training part")
-    add("--batch-size", type=int, default=64, help="images per step")
-    add("--hidden", type=int, nargs="+", default=[256, 128], metavar="WIDTH", help="widths of the blocks")
-    add("--dropout", type=float, default=0.3, help="probability of dropping a value")
-    add("--lr", type=float, default=argparse.SUPPRESS, help="learning rate (default: the optimizer's own)")
-    add("--seed", type=int, default=0, help="of the split, the weights, the batches and the dropout")
-    add("--device", choices=devices, default=devices[0], help="where both train")
-    add("--graph", action="store_true", help="replay each step as one CUDA graph")
-    add("--figure", default="digits.png", metavar="PATH", help="where the curves go: .png, .pdf or .svg")
-    args = parser.parse_args()
-    for argument, right, meaning in (
-        ("--epochs", args.epochs >= 1, "at least 1"),
-        ("--batch-size", 2 <= args.batch_size <= TRAIN, f"from 2 to {TRAIN}"),
-        ("--hidden", min(args.hidden) >= 1, "at least 1"),
-        ("--dropout", 0 <= args.dropout <= 1, "from 0 to 1"),
-        ("--lr", 0 < getattr(args, "lr", 1) < float("inf"), "positive and finite"),
-        ("--seed", 0 <= args.seed < 2**32, "from 0 to 2**32 - 1"),
-        ("--figure", args.figure.endswith((".png", ".pdf", ".svg")), "a .png, .pdf or .svg"),
-    ):
-        if not right:
-            parser.error(f"argument {argument}: must be {meaning}")
-    if args.graph and args.device == "cpu":
-        parser.error("argument --graph: needs a CUDA GPU")
-    try:
-        open(args.figure, "ab").close()
-    except OSError as error:
-        parser.error(f"argument --figure: cannot write {args.figure}: {error.strerror}")
-    args.optimizer = list(OPTIMIZERS if "all" in args.optimizer else dict.fromkeys(args.optimizer))
-    return args
+def train(run: Run, data: Data, after_epoch: list[Callable[[], None]]) -> None:
+    """Trains until the last epoch, or as long as validation gets better; calls all of `after_epoch` after each."""
+    args, history, (x, y) = run.args, run.history, data.train
+    torch.set_rng_state(run.random[0])
+    if x.is_cuda:
+        torch.cuda.set_rng_state(run.random[1], args.device)
+    images = x.clone()
+    step = make_step(run, images, y)
+    per_batch = isinstance(run.schedule, torch.optim.lr_scheduler.OneCycleLR)
+    while run.goes_on():
+        run.model.train()
+        if args.noise or args.shift:
+            images.copy_(augment(x, data.centre, args.noise, args.shift, run.shuffle))
+        batches = torch.randperm(TRAIN, generator=run.shuffle).to(x.device).split(args.batch_size)
+        rate, steps = float(run.optimizer.param_groups[0]["lr"]), []
+        for batch in batches[: TRAIN // args.batch_size]:  # without an incomplete one at the end
+            steps.append(step(batch))
+            if per_batch:
+                run.schedule.step()
+        accuracy, loss, _ = evaluate(run.model, *data.validation)
+        if not per_batch:
+            plateau = isinstance(run.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            run.schedule.step(*[loss] * plateau)
+        history["loss"].append(mean(loss for loss, _ in steps))
+        history["lr"].append(rate)  # of the first step
+        history["ms"] += [milliseconds for _, milliseconds in steps]
+        history["accuracy"].append(accuracy)
+        history["validation loss"].append(loss)
+        if [accuracy, -loss] > run.best[:2]:  # of equal accuracies, the lower loss
+            run.best = [accuracy, -loss, run.epochs]
+            run.weights = {key: value.clone() for key, value in run.model.state_dict().items()}
+        run.random = random_states(args.device)
+        for call in after_epoch:
+            call()
+    if x.is_cuda:
+        run.model.train()
+        run.kernels = count_kernels(lambda: step(torch.arange(args.batch_size, device=x.device)))
+    run.model.load_state_dict(run.weights)
+    run.finished = True
+
+
+def report(run: Run, x: Tensor, y: Tensor) -> list[str]:
+    """The one look at the test part: cells of the table."""
+    accuracy, loss, predicted = evaluate(run.model, x, y)
+    run.answers = (y.tolist(), predicted.tolist())
+    f1 = 100 * f1_score(*run.answers, average="macro")
+    epochs = str(run.epochs)
+    return [f"{accuracy:.2f}", f"{loss:.4f}", f"{f1:.2f}", epochs, f"{median(run.history['ms']):.3f}", run.kernels]
+
+
+def fit(run: Run, name: str, data: Data, checkpoint: Checkpoint) -> None:
+    with Progress(run, name) as progress, Monitor(run, name) as monitor:
+        train(run, data, [progress.show, monitor.write, lambda: checkpoint.save(name, run)])
+    checkpoint.save(name, run)
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = make_parser((__doc__ or "").split("\n")[0])
+    args = parse(parser)
     torch.set_num_threads(1)  # layers this small gain nothing from more, and on a busy CPU lose by it
-    parts = load(args.seed, args.device)
-    if args.graph:
-        torch.cuda.set_device(parts[0][0].device)  # where streams and graphs are made
-    runs = {}
-    for name in args.optimizer:
-        for implementation, library in LIBRARIES.items():
-            model, optimizer = prepare(library, name, args)
-            runs[name, implementation] = train(model, optimizer, parts, args, f"{name:8} {implementation:9}")
-    several = len(args.optimizer) > 1
-    table = Table(*["optimizer"] * several, box=box.SIMPLE, show_edge=False, pad_edge=False)
-    table.add_column("implementation", no_wrap=True)
-    for heading in ("test accuracy %", "test loss", "median step ms", "GPU kernels/step"):
-        table.add_column(heading, justify="right")
-    for (name, implementation), (_, _, row) in runs.items():
-        table.add_row(*[name] * several, implementation, *row)
-    print(table)
-    draw(runs, args)
+    if args.device != "cpu":
+        torch.cuda.set_device(args.device)  # where streams and graphs are made
+    runs = {(name, library): Run(name, library, args) for name in args.optimizer for library in args.library}
+    try:
+        checkpoint = Checkpoint(args.checkpoint, settings_of(args), args.resume)
+        for names, run in runs.items():
+            checkpoint.give(" ".join(names), run)
+    except ValueError as error:
+        parser.error(f"argument --checkpoint: {error}")
+    try:
+        data = load(args.seed, args.device)
+        for names, run in runs.items():
+            if not run.finished:
+                fit(run, " ".join(names), data, checkpoint)
+        checkpoint.finish()
+        print(make_table({names: report(run, *data.test) for names, run in runs.items()}, len(args.optimizer) > 1))
+        draw(runs, args)
+    except KeyboardInterrupt:
+        again = shlex.join(["python", *(argument for argument in sys.argv if argument != "--resume"), "--resume"])
+        kept = f"{args.checkpoint} has the last whole epoch. Go on: {again}"
+        sys.stderr.write(f"Interrupted: {kept if checkpoint.saved else 'no epoch was over, so nothing is kept'}\n")
+        sys.exit(130)
     path = dispatch.device_path(torch.device(args.device))
     steps = ", each step one CUDA graph" * args.graph
     print(f"Ran on {args.device}{steps}; fastnn's path there: {path.name}" + f" ({path.reason})" * path.eager)
