@@ -114,9 +114,11 @@ def test_kernels_are_reached_through_the_package_alone():
     assert not (ROOT / "kernels" / "__init__.py").exists()  # the bare name belongs to another package
 
 
-def test_ci_runs_the_readmes_test_command():
-    (test_command,) = re.findall(r"^(pip install -e \"\.\[test\]\" && pytest)$", README, re.MULTILINE)
-    assert re.search(rf"^{re.escape(test_command)}$", CI, re.MULTILINE)
+def test_ci_runs_the_readmes_test_commands():
+    commands = re.findall(r"^(pip install -e \"\.\[(test|integration)\]\" && pytest.*)$", README, re.MULTILINE)
+    assert [extra for _, extra in commands] == ["test", "integration"]
+    for command, _ in commands:
+        assert re.search(rf"^{re.escape(command)}$", CI, re.MULTILINE), command
     assert re.search(r'^pip install -e "\.\[examples\]" && python examples/digits\.py$', README, re.MULTILINE)
 
 
