@@ -58,6 +58,14 @@ def nothing_settled() -> None:
     plans.generation += 1
 
 
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """What other tests have let Dynamo compile, and how often, counts for nothing here, nor this in theirs."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

@@ -14,16 +14,11 @@ import fastnn
 from fastnn import seeds
 
 pytestmark = [
+    pytest.mark.usefixtures("nothing_compiled"),
     pytest.mark.real_empty,
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # by Inductor's import
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # by AOTAutograd
 ]
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    yield
-    torch.compiler.reset()
 
 
 class Net(nn.Module):

@@ -16,15 +16,10 @@ import fastnn
 from fastnn import tracing
 
 pytestmark = [
+    pytest.mark.usefixtures("nothing_compiled"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # Dynamo's
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # by Inductor's import
 ]
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    yield
-    torch.compiler.reset()
 
 
 class Net(nn.Module):

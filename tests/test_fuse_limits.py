@@ -12,13 +12,10 @@ import fastnn
 from fastnn import plans, rewriting
 from fastnn.kernels import launch
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    yield
-    torch.compiler.reset()
+pytestmark = [
+    pytest.mark.usefixtures("nothing_compiled"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
 
 
 class Net(nn.Module):

@@ -9,11 +9,7 @@ from torch import nn
 
 import fastnn
 
-
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 class Model(nn.Module):

@@ -15,6 +15,7 @@ import fastnn
 from fastnn import dispatch, rewriting
 
 pytestmark = [
+    pytest.mark.usefixtures("nothing_compiled"),
     # Where it goes on after a graph break, Dynamo asks tensors that are no leaves for .grad, and hides the warning of
     # it from those who print it, not from those who raise it.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -26,12 +27,6 @@ WITH_DROPOUT = [name for name, published in MODELS.items() if drops(published.ma
 INTERPRETED = ("course DNN",)  # all of them would train in Triton's interpreter for six minutes of a core
 
 transformed = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture(autouse=True)

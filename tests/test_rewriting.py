@@ -11,13 +11,10 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from fastnn import rewriting, tracing
 from fastnn.rewriting import FIRST, LAST, ROWS
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    yield
-    torch.compiler.reset()
+pytestmark = [
+    pytest.mark.usefixtures("nothing_compiled"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
 
 
 class Model(nn.Module):

@@ -13,17 +13,12 @@ import fastnn
 from fastnn import functional
 
 pytestmark = [
+    pytest.mark.usefixtures("nothing_compiled"),
     pytest.mark.real_empty,
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # by AOTAutograd
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # by Inductor's import
 ]
 BATCHES = (12, 20, 33, 5, 64, 7, 8, 100, 2, 31)
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    yield
-    torch.compiler.reset()
 
 
 class Shared(nn.Module):

@@ -13,17 +13,12 @@ from torch.optim.lr_scheduler import ExponentialLR
 import fastnn
 
 pytestmark = [
+    pytest.mark.usefixtures("nothing_compiled"),
     pytest.mark.real_empty,
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),  # by Dynamo itself
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # by AOTAutograd
 ]
 FLAGS = {"SGD": {"momentum": 0.9, "nesterov": True}, "Adam": {"amsgrad": True}, "RMSprop": {"centered": True}}
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    yield
-    torch.compiler.reset()
 
 
 def compiled_steps(optimizer, params):
