@@ -9,9 +9,8 @@ if DEVICE == "cpu":
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from support.poisoned_memory import poison  # noqa: E402
 
-from fastnn import plans  # noqa: E402
+from fastnn import memory, plans  # noqa: E402
 
 if DEVICE == "cpu":
     from support.interpreter import without_waste
@@ -48,8 +47,22 @@ def graphs(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """torch.empty and its kin give NaN (integers: -1), so that reading what nobody wrote shows."""
-    if "real_empty" not in request.keywords:
-        poison(monkeypatch)
+    if "real_empty" in request.keywords:
+        return
+
+    def poison(function):
+        def poisoned(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            if tensor.numel() and tensor.device.type != "meta" and not torch.compiler.is_compiling():
+                tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+            return tensor
+
+        return poisoned
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+    allocator = memory.allocator
+    monkeypatch.setattr(memory, "allocator", lambda device: poison(allocator(device)))
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,5 @@
-"""One of two processes that train a model under DDP and FSDP2; prints JSON. Run by test_distributed_blocks.py.
+"""What test_distributed_blocks.py runs on each of two processes; this module holds no tests."""
 
-python distributed_blocks_worker.py RANK RENDEZVOUS
-"""
-
-import json
-import sys
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -62,39 +56,26 @@ WRAPPERS: dict[str, tuple[bool, Callable[[nn.Module], nn.Module]]] = {
 }
 
 
-def batch(rank: int) -> tuple[Tensor, Tensor]:
+def own_batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(PROCESSES, ROWS, 6, generator=generator), torch.randn(PROCESSES, ROWS, 4, generator=generator)
-    return x[rank], y[rank]
+    return x[dist.get_rank()], y[dist.get_rank()]
 
 
-def whole(tensor: Any) -> list:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).tolist()
+def whole(tensor: Any) -> Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
 
 
-def trained(wrapper: str, kind: str, rank: int) -> dict[str, Any]:
+def trained(wrapper: str, kind: str) -> dict[str, Any]:
     """Parameters and buffers after STEPS steps of SGD, and how many kernels a forward and backward launch."""
     uses_all, wrap = WRAPPERS[wrapper]
     model = Net(KINDS[kind], uses_all)
     wrapped = wrap(fastnn.fuse(model) if kind == "fuse" else model)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.5)
-    x, y = batch(rank)
+    x, y = own_batch()
     for _ in range(STEPS):
         optimizer.zero_grad()
         with count_accesses() as accesses:
             F.mse_loss(wrapped(x), y).backward()
         optimizer.step()
     return {"launches": len(accesses.launches), **{name: whole(t) for name, t in model.state_dict().items()}}
-
-
-def main(rank: int, rendezvous: str) -> None:
-    torch.set_num_threads(1)
-    warnings.filterwarnings("error", module="fastnn")
-    dist.init_process_group("gloo", init_method=rendezvous, world_size=PROCESSES, rank=rank)
-    found = {wrapper: {kind: trained(wrapper, kind, rank) for kind in KINDS} for wrapper in WRAPPERS}
-    json.dump(found, sys.stdout)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])

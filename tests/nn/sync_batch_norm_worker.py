@@ -1,12 +1,5 @@
-"""One of two processes that train with SyncBatchNorm in fused runs; run by test_sync_batch_norm.py.
+"""What test_sync_batch_norm.py runs on each of two processes; this module holds no tests."""
 
-    python sync_batch_norm_worker.py RANK RENDEZVOUS FILE
-
-Writes to FILE what each case of CASES came to on this process, and the messages of what raises.
-"""
-
-import sys
-import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.interpreter import count_accesses
-from support.poisoned_memory import poison
 from torch import Tensor, nn
 
 import fastnn
@@ -95,7 +87,8 @@ def model_of(case: Case) -> tuple[nn.Module, nn.Module]:
     return model, model[int(case.linear)]
 
 
-def one_step(case: Case, rank: int) -> dict[str, Any]:
+def one_step(name: str) -> dict[str, Any]:
+    case, rank = CASES[name], dist.get_rank()
     model, norm = model_of(case)
     x, grad = (tensor.split(case.rows)[rank].to(case.dtype) for tensor in case.batch())
     x.requires_grad_()
@@ -111,11 +104,11 @@ def one_step(case: Case, rank: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def steps_together(rank: int) -> list[Tensor]:
+def steps_together() -> list[Tensor]:
     """Parameters and buffers after three steps of two blocks, with gradients added up over the processes."""
     model = fastnn.nn.Sequential(*Case().layers(nn.SyncBatchNorm), nn.Linear(N, N), nn.SyncBatchNorm(N), nn.ReLU())
     optimizer = fastnn.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    x, y = (tensor.split(ROWS)[rank] for tensor in Case().batch())
+    x, y = (tensor.split(ROWS)[dist.get_rank()] for tensor in Case().batch())
     for _ in range(3):
         optimizer.zero_grad()
         (model(x) - y).square().sum().backward()
@@ -125,7 +118,7 @@ def steps_together(rank: int) -> list[Tensor]:
     return [tensor.detach() for tensor in model.state_dict().values()]
 
 
-def raised(rank: int) -> dict[str, str]:
+def raised() -> dict[str, str]:
     """What is torch's to refuse, the same on both processes, and what has no second derivative."""
     found = {}
     x = torch.randn(4, K, requires_grad=True)
@@ -154,24 +147,7 @@ def raised(rank: int) -> dict[str, str]:
     found["explained"] = f"{row.fused} {row.forward} {row.backward} {row.accesses}"
     with collectives() as called:
         model.eval()(x)
-        alone = [dist.new_group([number]) for number in range(PROCESSES)][rank]
+        alone = [dist.new_group([number]) for number in range(PROCESSES)][dist.get_rank()]
         norm.process_group = alone
         model.train()(x).sum().backward()
     return found | {"collectives": str(called)}
-
-
-def main(rank: int, rendezvous: str, file: str) -> None:
-    torch.set_num_threads(1)
-    warnings.filterwarnings("error", module="fastnn")
-    dist.init_process_group("gloo", init_method=rendezvous, world_size=PROCESSES, rank=rank)
-    with pytest.MonkeyPatch.context() as patch:
-        poison(patch)
-        found: dict[str, Any] = {name: one_step(case, rank) for name, case in CASES.items()}
-        found |= {"steps": steps_together(rank), "raised": raised(rank)}
-    torch.save(found, file)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])

@@ -3,40 +3,27 @@
 torch's own SyncBatchNorm runs on GPUs only.
 """
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
+from support.workers import Workers
 from torch import Tensor, nn
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch.distributed with gloo is not available", allow_module_level=True)
 
-from nn.sync_batch_norm_worker import CASES, PROCESSES, ROWS, Case, N
-from nn.sync_batch_norm_worker import __file__ as WORKER
+from sync_batch_norm_worker import CASES, PROCESSES, Case, N
 
 FORWARD = ["split_statistics_kernel", "pack_statistics_kernel", "join_statistics_kernel", "apply_kernel"]
 BACKWARD = ["split_sums_kernel", "add_up_sums_kernel", "split_dz_kernel"]
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory) -> list[dict]:
-    """What each process found."""
-    folder = tmp_path_factory.mktemp("processes")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
-    files = [folder / f"{rank}.pt" for rank in range(PROCESSES)]
-    running = [
-        subprocess.Popen(
-            [sys.executable, WORKER, str(rank), (folder / "rendezvous").as_uri(), str(file)],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank, file in enumerate(files)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=300)[1] for process in running]
-    assert not any(process.returncode for process in running), "\n".join(errors)
-    return [torch.load(file) for file in files]
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    workers = Workers(tmp_path_factory.mktemp("rendezvous"), "sync_batch_norm_worker", PROCESSES)
+    yield workers
+    workers.stop()
 
 
 def exact_of(case: Case, outs: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -65,8 +52,8 @@ def assert_near(mine: Tensor, exact: Tensor, case: Case, distance: float = 0.0) 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_joint_batch_is_normalised(processes, name):
-    case, found = CASES[name], [process[name] for process in processes]
+def test_the_joint_batch_is_normalised(workers, name):
+    case, found = CASES[name], workers("one_step", name)
     exact, _ = exact_of(case, [one["out"] for one in found])
     for key in {"out", "x", "eval"} & exact.keys():
         assert_near(torch.cat([one[key] for one in found]), exact[key], case, case.mean)
@@ -75,8 +62,8 @@ def test_the_joint_batch_is_normalised(processes, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_process_keeps_the_joint_statistics(processes, name):
-    case, found = CASES[name], [process[name] for process in processes]
+def test_each_process_keeps_the_joint_statistics(workers, name):
+    case, found = CASES[name], workers("one_step", name)
     exact, _ = exact_of(case, [one["out"] for one in found])
     for key in {"running_mean", "running_var", "num_batches_tracked"} & exact.keys():
         assert_near(found[0][key], exact[key], case)
@@ -84,8 +71,8 @@ def test_each_process_keeps_the_joint_statistics(processes, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_of_the_processes_add_up_to_the_joint_ones(processes, name):
-    case, found = CASES[name], [process[name] for process in processes]
+def test_gradients_of_the_processes_add_up_to_the_joint_ones(workers, name):
+    case, found = CASES[name], workers("one_step", name)
     _, exact = exact_of(case, [one["out"] for one in found])
     for key, gradient in exact.items():
         parts = [one["gradients"][key] for one in found]
@@ -98,16 +85,16 @@ def test_gradients_of_the_processes_add_up_to_the_joint_ones(processes, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_collective_each_way_between_the_fused_kernels(processes, name):
-    for rank, process in enumerate(processes):
-        found, case = process[name], CASES[name]
-        assert found["collectives"] == [(*collective,) for collective in processes[0][name]["collectives"]]
+def test_one_collective_each_way_between_the_fused_kernels(workers, name):
+    case, processes = CASES[name], workers("one_step", name)
+    for rank, found in enumerate(processes):
+        assert found["collectives"] == processes[0]["collectives"]
         assert [size for _, size in found["collectives"]] == [4 * N, 2 * N]
         ours = [kernel for kernel in found["kernels"] if kernel in {*FORWARD, *BACKWARD}]
         assert ours == ([*FORWARD, *BACKWARD] if case.rows[rank] else ["join_statistics_kernel"])
 
 
-def test_three_steps_train_what_one_process_trains_on_the_joint_batch(processes):
+def test_three_steps_train_what_one_process_trains_on_the_joint_batch(workers):
     layers = [*Case().layers(nn.BatchNorm1d), nn.Linear(N, N), nn.BatchNorm1d(N), nn.ReLU()]
     model = nn.Sequential(*layers).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -116,15 +103,13 @@ def test_three_steps_train_what_one_process_trains_on_the_joint_batch(processes)
         optimizer.zero_grad()
         (model(x) - y).square().sum().backward()
         optimizer.step()
-    assert sum(ROWS) == len(x)
-    for exact, *mine in zip(model.state_dict().values(), *(process["steps"] for process in processes), strict=True):
+    for exact, *mine in zip(model.state_dict().values(), *workers("steps_together"), strict=True):
         assert torch.equal(*mine)
         torch.testing.assert_close(mine[0].double(), exact.detach().double(), rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_not_fused_is_torchs_and_no_process_waits(processes):
-    for process in processes:
-        found = process["raised"]
+def test_what_is_not_fused_is_torchs_and_no_process_waits(workers):
+    for found in workers("raised"):
         for case in ("float64", "hook"):
             assert found[case].startswith("ValueError: SyncBatchNorm expected input tensor to be on")
         assert found["features"] == "RuntimeError: input must be (*, K) = (*, 5), got (4, 6)"
