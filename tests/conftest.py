@@ -1,4 +1,4 @@
-"""The kernels run in Triton's interpreter unless a GPU is asked for (FASTNN_TEST_DEVICE=cuda), on NaN-filled memory."""
+"""The kernels run in Triton's interpreter, or on a GPU (FASTNN_TEST_DEVICE=cuda), on NaN-filled memory."""
 
 import os
 from collections.abc import Iterator
@@ -16,6 +16,10 @@ if DEVICE == "cpu":
     from support.interpreter import without_waste
 
     without_waste()
+else:
+    from support.gpu import take_by_default
+
+    take_by_default(DEVICE)
 torch.set_num_threads(1)  # tests run in as many processes as there are cores
 
 
