@@ -6,6 +6,7 @@ passes in a loop, the host's part included; its graphed rows are compared with o
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from bench import gate, gpu, roofline
 from bench.measure import timed_row
@@ -22,7 +23,7 @@ def cases() -> Iterator[ModelCase]:
     for workload in WORKLOADS.values():
         for batch in workload.batches:
             for dtype in gpu.DTYPES:
-                setting = workload.name, batch, dtype
+                setting = "block", workload.name, batch, dtype
                 yield from (ModelCase(*setting, name, phase=phase) for name in UNGRAPHED for phase in PHASES)
                 yield from (ModelCase(*setting, name, graphed=True) for name in GRAPHED)
 
@@ -48,10 +49,10 @@ def prepared(case: ModelCase) -> tuple[Block, Callable[[], None]]:
 
 @choose(cases(), quick)
 def bench_block(case: ModelCase, gpu_only: None, benchmark, record) -> None:
-    block, step = prepared(ModelCase(case.name, case.batch, case.dtype, case.implementation, case.graphed))
+    block, step = prepared(replace(case, phase="training step"))
     workload, (batch,) = case.size
     K, N = workload.blocks[0]
-    labels = {"feature": "block", **case.labels, "shape": f"{batch} x {K} x {N}"}
+    labels = {**case.labels, "shape": f"{batch} x {K} x {N}"}
     call, prepare = {
         "forward": (block.forward, None),
         "backward": (block.backward, lambda: (block.forward(),)),

@@ -35,5 +35,5 @@ def bench_clip_grad_norm(case: StepCase, gpu_only: None, benchmark, record) -> N
         return nn.utils.clip_grad_norm_(params, MAX_NORM, foreach=True)
 
     gate.check_clipping(params, MAX_NORM, clip)
-    labels = {"feature": "clipping", **case.labels}
+    labels = case.labels
     record(timed_row(benchmark, labels, clip, {"fastnn": [Kernel(0, BYTES * labels["parameters"])]}))

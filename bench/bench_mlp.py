@@ -20,11 +20,13 @@ def cases() -> Iterator[ModelCase]:
     for workload in WORKLOADS.values():
         for batch in workload.batches:
             for dtype in gpu.DTYPES:
-                setting = workload.name, batch, dtype
+                setting = "mlp", workload.name, batch, dtype
                 yield from (ModelCase(*setting, name) for name in UNGRAPHED)
                 yield from (ModelCase(*setting, name, graphed=True) for name in GRAPHED)
         if workload.varying:  # not as a graph, whose sizes are fixed
-            yield from (ModelCase(workload.name, None, dtype, name) for dtype in gpu.DTYPES for name in UNGRAPHED)
+            yield from (
+                ModelCase("mlp", workload.name, None, dtype, name) for dtype in gpu.DTYPES for name in UNGRAPHED
+            )
 
 
 def quick(case: ModelCase) -> bool:
@@ -52,7 +54,7 @@ def bench_mlp(case: ModelCase, gpu_only: None, benchmark, record) -> None:
     if case.batch is None:
         step = mlp.steps
     widths = workload.widths if workload.head is None else (*workload.widths, workload.head)
-    labels = {"feature": "mlp", **case.labels, "shape": " x ".join(map(str, (case.batch or "varying", *widths)))}
+    labels = {**case.labels, "shape": " x ".join(map(str, (case.batch or "varying", *widths)))}
     with mlp.precision():
         models = ("fastnn", "eager", "compile", "max-autotune-no-cudagraphs", "max-autotune")
         work = {

@@ -50,7 +50,7 @@ def bench_optimizer(case: StepCase, gpu_only: None, benchmark, record) -> None:
     if case.graphed:
         step = gpu.capture(step)
     gate.check_step(optimizer, step)
-    labels = {"feature": "optimizer", **case.labels}
+    labels = case.labels
     accesses = 3 + 2 * STATES.get(case.optimizer, 2)  # parameter and states read and written, gradient read
     work = {"fastnn": [Kernel(0, accesses * dtype.itemsize * labels["parameters"])]}
     record(timed_row(benchmark, labels, step, work))

@@ -1,6 +1,7 @@
 """Options, progress, and what is done with the rows of a run. Benchmarks run one at a time, whatever the tests do."""
 
 import os
+import time
 
 # Before torch starts CUPTI: stopped and started again between CUDA graphs, the profiler has crashed.
 os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
@@ -13,11 +14,14 @@ import pytest
 
 from bench import gpu, measure, report, results
 from bench.progress import ROWS, Progress
+from bench.selection import in_turn
 
 BENCH = Path(__file__).parent
 MACHINE, PATH = pytest.StashKey[results.Row](), pytest.StashKey[Path]()
 ALL, WHOLE = pytest.StashKey[int](), pytest.StashKey[bool]()  # rows of a whole run; whether this was one
-WAITS = "waits for a CUDA GPU"
+EARLIER = pytest.StashKey[list[results.Row]]()  # of the run that this one goes on with
+START = time.monotonic()
+WAITS, NO_TIME = "waits for a CUDA GPU", "no time was left"
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -33,6 +37,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="where the rows go; rows that the same machine, versions and commit have put there already stay "
         "(a whole run without this option: bench/results/DEVICE.json)",
     )
+    group.addoption(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="start no row after so many, cheap rows first; run again, it goes on where it ended, by the results "
+        "(without --results bench/results/DEVICE.json)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,7 +53,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True  # its table is per call; ours, at the end, compares
     config.stash[ROWS] = []
     config.stash[MACHINE] = machine = results.machine("full" if config.getoption("full") else "quick")
+    if config.getoption("minutes") and not config.getoption("results"):
+        config.option.results = str(results.file_for(machine))
     config.stash[PATH] = path = Path(config.getoption("results") or results.file_for(machine))
+    config.stash[EARLIER] = []
+    if config.getoption("results"):
+        parts = results.earlier(path, machine), results.earlier(partial(path), machine)  # the latter of one cut off
+        config.stash[EARLIER] = results.joined(*parts)
     if not os.access(path.parent, os.W_OK):
         raise pytest.UsageError(f"results cannot be written to {path.parent}")
     config.pluginmanager.register(Progress(config), "fastnn-progress")
@@ -50,16 +67,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Graphed rows last: a capture that fails may leave CUDA's generator unusable."""
+    """What was not asked for, or has run already, is left out; the rest in turn."""
     if not config.getoption("full"):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
         items[:] = [item for item in items if not item.get_closest_marker("full")]
-    items.sort(key=lambda item: " graphed" in item.name)
+    items[:] = in_turn(items, config.stash[EARLIER] if config.getoption("minutes") else [])
     config.stash[ALL] = len(items)
     if not gpu.AVAILABLE and not gpu.REHEARSAL:
         for item in items:
             if "gpu_only" in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.skip(reason=WAITS))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("minutes")
+    if minutes and time.monotonic() - START > 60 * minutes:
+        pytest.skip(NO_TIME)
 
 
 @pytest.fixture
@@ -77,7 +101,8 @@ def record(request: pytest.FixtureRequest):
         stash[ROWS] += rows
         request.node.stash[ROWS] = rows
         if not gpu.REHEARSAL:
-            results.save(partial(stash[PATH]), stash[MACHINE], stash[ROWS])
+            so_far = results.joined(stash[EARLIER], measure.with_ratios(stash[ROWS]))
+            results.save(partial(stash[PATH]), stash[MACHINE], so_far)
 
     return take
 
@@ -92,17 +117,22 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    measure.add_ratios(session.config.stash[ROWS])
     path = Path(session.config.args[0]).resolve()
     whole = exitstatus == 0 and len(session.config.args) == 1 and path == BENCH
+    whole = whole and session.config.getoption("minutes") is None
     session.config.stash[WHOLE] = whole and session.testscollected == session.config.stash[ALL]
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config) -> None:
-    """The tables, what waits for a GPU, what became worse, and where the results went."""
-    write, rows, machine = terminalreporter.write_line, config.stash[ROWS], config.stash[MACHINE]
+    """The tables, what has not run, what became worse, and where the results went."""
+    write, machine = terminalreporter.write_line, config.stash[MACHINE]
+    rows = measure.with_ratios(config.stash[ROWS])
     skipped = terminalreporter.stats.get("skipped", [])
-    waiting = Counter(report.nodeid.split("::")[1].split("[")[0] for report in skipped if WAITS in str(report.longrepr))
+
+    def rows_skipped(reason: str) -> str:
+        names = [report.nodeid.split("::")[1].split("[")[0] for report in skipped if reason in str(report.longrepr)]
+        return ", ".join(f"{count} of {name}" for name, count in Counter(names).items())
+
     if gpu.REHEARSAL:
         write(f"A rehearsal: {len(rows)} rows ran and passed their gate; nothing was measured, nothing is kept.")
     elif rows:
@@ -113,8 +143,10 @@ def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Co
         for line in report.section(machine, rows, {}):
             write(line)
         keep(config, machine, rows, write)
-    if waiting:
-        write(f"Rows that wait for a CUDA GPU: {', '.join(f'{count} of {name}' for name, count in waiting.items())}.")
+    if waiting := rows_skipped(WAITS):
+        write(f"Rows that wait for a CUDA GPU: {waiting}.")
+    if left := rows_skipped(NO_TIME):
+        write(f"Rows for which no time was left: {left}. The same command goes on with them.")
 
 
 def keep(config: pytest.Config, machine: results.Row, rows: list[results.Row], write) -> None:
@@ -128,7 +160,7 @@ def keep(config: pytest.Config, machine: results.Row, rows: list[results.Row], w
         for regression in report.regressions(before, (machine, rows)) if before else []:
             write(f"worse: {regression}", red=True)
     if config.getoption("results"):
-        rows = results.merged(path, machine, rows)
+        rows = results.joined(config.stash[EARLIER], rows)
     elif not config.stash[WHOLE]:
         path = partial(path)
     results.save(path, machine, rows)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from bench import gpu, roofline
+from bench import gpu, results, roofline
 from bench.results import Row
 from bench.roofline import Kernel
 
@@ -69,15 +69,21 @@ def timed_row(
     return row
 
 
-def add_ratios(rows: list[Row]) -> None:
-    """On each timed row of ours: every baseline's time over ours, of rows that differ in the implementation alone."""
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """The rows, each timed one of ours with every baseline's time over it, of rows that differ in nothing else."""
+    baselines: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        if row["kind"] == "timed" and row["implementation"] != "fastnn":
+            baselines.setdefault(results.setting(row), {})[row["implementation"]] = row["median_us"]
 
-    def setting(row: Row) -> tuple:
-        names = ("feature", "phase", "workload", "batch", "dtype", "graphed", "optimizer")
-        return tuple(row.get(name) for name in names)
+    def completed(row: Row) -> Row:
+        if row["kind"] != "timed" or row["implementation"] != "fastnn":
+            return row
+        medians = baselines.get(results.setting(row), {})
+        ratios = {name: round(median / row["median_us"], 3) for name, median in medians.items()}
+        return row | {
+            "ratios": ratios,
+            "bounds": {name: row["bounds"][name] for name in ratios if name in row["bounds"]},
+        }
 
-    timed = [row for row in rows if row["kind"] == "timed"]
-    for ours in (row for row in timed if row["implementation"] == "fastnn"):
-        baselines = [row for row in timed if row is not ours and setting(row) == setting(ours)]
-        ours["ratios"] = {row["implementation"]: round(row["median_us"] / ours["median_us"], 3) for row in baselines}
-        ours["bounds"] = {name: bound for name, bound in ours["bounds"].items() if name in ours["ratios"]}
+    return [completed(row) for row in rows]

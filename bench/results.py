@@ -44,6 +44,11 @@ def key(row: Row) -> tuple:
     return (row["kind"], *(row.get(name) for name in KEYS[row["kind"]]))  # only an optimizer's row has "optimizer"
 
 
+def setting(row: Row) -> tuple:
+    """What rows of different implementations that are compared have in common."""
+    return tuple(row.get(name) for name in KEYS[row["kind"]] if name != "implementation")
+
+
 def machine(selection: str) -> Row:
     """Device, versions, commit and date: what a number is worth nothing without. selection: "quick" or "full"."""
     found: Row = {
@@ -84,14 +89,23 @@ def save(path: Path, machine: Row, rows: list[Row]) -> None:
     os.replace(partial, path)
 
 
-def merged(path: Path, machine: Row, rows: list[Row]) -> list[Row]:
-    """These rows, and before them what else the same machine, versions and commit have put into that file."""
+def earlier(path: Path, machine: Row) -> list[Row]:
+    """What the same machine, versions and commit have put into that file."""
     if not path.exists():
-        return rows
-    there, older = load(path)
+        return []
+    there, rows = load(path)
     same = all(there.get(name) == machine.get(name) for name in ("device", "torch", "triton", "commit"))
-    keys = {key(row) for row in rows}
-    return [row for row in older if key(row) not in keys] + rows if same else rows
+    return rows if same else []
+
+
+def joined(earlier: list[Row], rows: list[Row]) -> list[Row]:
+    """Rows of two parts of a run, where both have one the later; ratios to baselines that only one of them had stay."""
+    now = {key(row): row for row in rows}
+    for row in earlier:
+        again = now.get(key(row), {})
+        for name in row.keys() & again.keys() & {"ratios", "bounds"}:
+            again[name] = row[name] | again[name]
+    return [row for row in earlier if key(row) not in now] + rows
 
 
 def load(path: Path) -> tuple[Row, list[Row]]:

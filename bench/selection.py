@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench import gpu
+from bench import gpu, results
 from bench.results import Row
 from bench.workloads import PARAMETERS, WORKLOADS, Shapes, Workload
 
@@ -16,6 +16,7 @@ from bench.workloads import PARAMETERS, WORKLOADS, Shapes, Workload
 class ModelCase:
     """A row of a block or stack. `graphed` says that the whole step is one CUDA graph, whoever made it."""
 
+    feature: str  # "block" or "mlp"
     name: str  # of the workload
     batch: int | None  # None: another every step
     dtype: str
@@ -38,7 +39,7 @@ class ModelCase:
 
     @property
     def labels(self) -> Row:
-        names = ("batch", "dtype", "implementation", "graphed", "phase", "clock")
+        names = ("feature", "batch", "dtype", "implementation", "graphed", "phase", "clock")
         return {"workload": self.name, **{name: getattr(self, name) for name in names}}
 
     def __str__(self) -> str:
@@ -59,6 +60,10 @@ class StepCase:
     clock: str = "wall"
 
     @property
+    def feature(self) -> str:
+        return "clipping" if self.optimizer == "none" else "optimizer"
+
+    @property
     def shapes(self) -> Shapes:
         """Of the parameters to step: in a rehearsal of as many small ones, up to 10."""
         shapes = PARAMETERS[self.name]
@@ -66,7 +71,7 @@ class StepCase:
 
     @property
     def labels(self) -> Row:
-        names = ("dtype", "implementation", "optimizer", "graphed", "clock")
+        names = ("feature", "dtype", "implementation", "optimizer", "graphed", "clock")
         size = {"tensors": len(self.shapes), "parameters": sum(map(math.prod, self.shapes))}
         labels = {"phase": "step", "workload": self.name, "batch": None, **size, "shape": f"{len(self.shapes)} tensors"}
         return labels | {name: getattr(self, name) for name in names}
@@ -75,7 +80,44 @@ class StepCase:
         return " ".join([self.optimizer, self.name, self.dtype, self.implementation, *["graphed"] * self.graphed])
 
 
-def choose(cases: Iterable[Any], quick: Callable[[Any], bool]) -> Any:
+Case = ModelCase | StepCase
+# Where a row stands in a run, which may be cut short: an autotuned one takes longer than ten others. Graphed rows stand
+# after those that are not: a capture that fails may leave CUDA's generator unusable.
+TURNS = {"compile": 1, "compiled step": 1, "max-autotune-no-cudagraphs": 3, "max-autotune": 4}
+GRAPHED_TURN = 2
+
+
+def case_of(item: pytest.Item) -> Case | None:
+    """None for what is no timed row."""
+    return item.callspec.params.get("case") if hasattr(item, "callspec") else None
+
+
+def in_turn(items: list[pytest.Item], earlier: list[Row]) -> list[pytest.Item]:
+    """What is still to run of a run that has left these rows: what is quick first, and of that what is cheap.
+
+    A ratio is of one run: where a baseline is still to run, ours runs again beside it. What is no timed row ran before
+    all others.
+    """
+
+    def turn(item: pytest.Item) -> tuple[bool, int]:
+        case = case_of(item)
+        place = TURNS.get(case.implementation, GRAPHED_TURN * case.graphed) if case is not None else 0
+        return item.get_closest_marker("full") is not None, place
+
+    there = {results.key(row) for row in earlier}
+    timed = {item: {"kind": "timed", **case.labels} for item in items if (case := case_of(item)) is not None}
+    waiting = {item: results.setting(row) for item, row in timed.items() if results.key(row) not in there}
+    first: dict[tuple, tuple[bool, int]] = {}
+    for item, setting in waiting.items():
+        first[setting] = min(turn(item), first.get(setting, turn(item)))
+    turns = {item: turn(item) for item in items if item in waiting or (item not in timed and not earlier)}
+    for item, row in timed.items():
+        if row["implementation"] == "fastnn" and results.setting(row) in first:
+            turns[item] = first[results.setting(row)]
+    return sorted((item for item in items if item in turns), key=turns.__getitem__)
+
+
+def choose(cases: Iterable[Case], quick: Callable[[Any], bool]) -> Any:
     """Parametrises a bench by `case`: by its own clock, marked "full" where it is not quick."""
     clocks = {"device": gpu.device_clock, "wall": gpu.wall_clock}
     params = []

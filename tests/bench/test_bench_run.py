@@ -40,7 +40,7 @@ def test_a_rehearsal_runs_rows_of_every_feature_and_keeps_nothing():
     chosen = "tabular-odd and bf16 and not graphed or SGD and mlp-60 or bench_clip and mlp-60"
     out = run_pytest("-k", chosen, interpret=True)
     assert "[ 1/20] bench_block[tabular-odd 1024 bf16 eager forward]: passed" in out
-    assert "[20/20] bench_optimizer[SGD mlp-60 fp32 fastnn]: passed" in out
+    assert "[20/20] bench_mlp[tabular-odd 1024 bf16 compile training step]: passed" in out  # torch.compile last
     assert "A rehearsal: 20 rows ran and passed their gate; nothing was measured, nothing is kept." in out
     assert "Written" not in out
     assert "partial" not in out
@@ -113,6 +113,18 @@ def test_other_runs_replace_nothing(arguments, launched, expected, kept, folder)
     assert "in bench/results/no-gpu.partial.json until the next" in out
     assert launches(file.with_suffix(".partial.json")) == kept
     assert file.read_text() == "{}"
+
+
+def test_a_run_ends_in_time_and_goes_on_where_it_ended(folder):
+    file = folder / "bench" / "results" / "no-gpu.json"
+    out = run_pytest("--minutes", "1e-9", interpret=False, root=folder)
+    left = "Rows for which no time was left: 1 of bench_first, 1 of bench_second. The same command goes on with them."
+    assert left in out
+    assert not file.exists()
+    run_pytest("--minutes", "10", interpret=False, root=folder, LAUNCHES="5")
+    assert launches(file) == {"first": 5, "second": 5}
+    out = run_pytest("--minutes", "10", interpret=False, root=folder, LAUNCHES="6", expected=5)  # nothing is left
+    assert launches(file) == {"first": 5, "second": 5}
 
 
 def test_parts_of_a_run_meet_in_the_file_they_are_given(folder):

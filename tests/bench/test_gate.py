@@ -13,8 +13,8 @@ from bench.workloads import WORKLOADS
 from fastnn import plans
 from fastnn.kernels import launch
 
-BLOCK = ModelCase("tabular-odd", 1024, "fp32", "fastnn")
-MLP = ModelCase("recsys-fm", 2048, "bf16", "fastnn")
+BLOCK = ModelCase("block", "tabular-odd", 1024, "fp32", "fastnn")
+MLP = ModelCase("mlp", "recsys-fm", 2048, "bf16", "fastnn")
 STEP = StepCase("mlp-60", "fp32", "fastnn", "AdamW")
 CLIP = StepCase("mlp-60", "fp32", "fastnn")
 BENCHES = {

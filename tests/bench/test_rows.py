@@ -19,9 +19,10 @@ SETTINGS = [(w.name, batch, dtype) for w in WORKLOADS.values() for batch in w.ba
 
 @pytest.mark.parametrize("feature", CASES)
 def test_no_two_rows_of_a_feature_are_the_same_row(feature):
-    keys = [results.key({"kind": "timed", "feature": feature, **case.labels}) for case in CASES[feature]]
+    keys = [results.key({"kind": "timed", **case.labels}) for case in CASES[feature]]
     assert len(set(keys)) == len(keys)
     assert len({str(case) for case in CASES[feature]}) == len(keys)
+    assert {case.labels["feature"] for case in CASES[feature]} == {feature}
 
 
 @pytest.mark.parametrize("feature", ["block", "mlp"])
@@ -61,11 +62,10 @@ def test_ratios_are_of_rows_that_differ_in_the_implementation_alone():
     ours = timed("fastnn", 10.0)
     rows = [ours, timed("eager", 30.0), timed("eager", 70.0, graphed=True), timed("compile", 90.0, batch=9000)]
     rows += [timed("compile", 80.0, dtype="tf32"), timed("max-autotune", 60.0, graphed=True)]
-    measure.add_ratios(rows)
-    assert ours["ratios"] == {"eager": 3.0}
-    assert ours["bounds"] == {"eager": 3.0}
-    graphed = timed("fastnn", 20.0, graphed=True)
-    measure.add_ratios([*rows, graphed])
+    found, *others = measure.with_ratios(rows)
+    assert found == ours | {"ratios": {"eager": 3.0}, "bounds": {"eager": 3.0}}
+    assert others == rows[1:]
+    *_, graphed = measure.with_ratios([*rows, timed("fastnn", 20.0, graphed=True)])
     assert graphed["ratios"] == {"eager": 3.5, "max-autotune": 3.0}
 
 
