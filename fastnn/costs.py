@@ -6,7 +6,8 @@ Of each launch the longest of these counts, and a plan takes the sum of its laun
     draw;  FLOPs at the rate of their multiprocessors;  steps that wait for their loads one after another
 
 The seconds are for telling plans apart, not for telling how long one takes: nothing here is measured, the rates are
-vendors' figures, and fastnn.tune is for what the model gets wrong.
+vendors' figures as of November 2026, and fastnn.tune is for what the model gets wrong. `pytest bench -k plans` measures
+what it gets wrong on a GPU: the regret of each choice.
 """
 
 import math
