@@ -29,10 +29,15 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def recorded() -> Iterator[None]:
-    """torch.cuda's graphs are recordings, of CPU tensors and kernels in Triton's interpreter."""
+def interpreted() -> None:
+    """Of what CPU tensors and kernels in Triton's interpreter alone can show."""
     if DEVICE != "cpu":
-        pytest.skip("graphs are recorded in Triton's interpreter only")
+        pytest.skip("is seen in Triton's interpreter only")
+
+
+@pytest.fixture
+def recorded(interpreted: None) -> Iterator[None]:
+    """torch.cuda's graphs are recordings, of CPU tensors and kernels in Triton's interpreter."""
     from support.recorded_graph import recorded_graphs  # and with it fastnn, which not every test needs
 
     with recorded_graphs():

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from support.optimizers import DEVICE
 from torch import nn
 
 import fastnn
@@ -75,7 +76,7 @@ def compare(layers, x, contexts, noise):
 
 
 def autocast(dtype, enabled=True):
-    return torch.autocast("cpu", dtype, enabled=enabled)
+    return torch.autocast(DEVICE, dtype, enabled=enabled)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -28,7 +28,7 @@ EAGER = {
         lambda: path_of(torch.ones(2, 8), tensors=(torch.ones(8).as_subclass(Subclass),)),
         "tensor subclass Subclass",
     ),
-    "meta": (lambda: path_of(torch.ones(2, 8, device="meta")), "not meta"),
+    "meta": (lambda: path_of(torch.ones(2, 8, device="meta")), "meta"),
     "mixed devices": (
         lambda: path_of(torch.ones(2, 8), tensors=(torch.ones(8, device="meta"),)),
         "tensors on different devices",
@@ -49,10 +49,10 @@ def test_what_the_kernels_do_not_serve_runs_eagerly_with_a_reason(case):
     assert reason in found.reason
 
 
-def test_served_dtypes_take_the_interpreter_here():
+def test_served_dtypes_take_the_kernels_in_the_interpreter_or_compiled():
     for dtype in dispatch.KERNEL_DTYPES:
         found = path_of(torch.ones(2, 8, dtype=dtype), tensors=(None, nn.Parameter(torch.ones(8))))
-        assert found == dispatch.Path("interpreter")
+        assert found == dispatch.Path("interpreter" if dispatch.INTERPRETED else "triton")
 
 
 def test_old_gpus_and_rocm_run_eagerly(monkeypatch):
@@ -93,7 +93,8 @@ def test_interpreter_without_numpy_says_what_is_missing():
     """Triton's interpreter is written in numpy, which neither Triton nor torch's wheels bring along."""
     code = WITHOUT_TRITON.replace("triton", "numpy", 1).split("assert")[0] + "print(dispatch.NO_KERNELS)\n"
     code += "from fastnn.__main__ import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1
     assert done.stdout.startswith("Triton cannot be imported: ")
     assert "numpy" in done.stdout

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.blocks import Block
 from support.numerics import judge_once
+from support.optimizers import DEVICE
 
 from fastnn import dispatch, plans, reference
 from fastnn.functional import BatchNorm, linear_batch_norm_act_dropout
@@ -207,7 +208,7 @@ def test_autocast_gives_eagers_dtypes_and_values(autocast_dtype, linear):
     results = []
     for function in (linear_batch_norm_act_dropout, eager_block):
         leaves = [t.clone().requires_grad_() for t in (x, weight, gamma)]
-        with torch.autocast("cpu", autocast_dtype):
+        with torch.autocast(DEVICE, autocast_dtype):
             norm = BatchNorm(torch.zeros(6), torch.ones(6), leaves[2])
             out = function(leaves[0], leaves[1] if linear else None, batch_norm=norm, activation="relu")
         out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype))

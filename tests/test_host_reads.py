@@ -26,7 +26,7 @@ PRODUCTS = ("grouped", "library")
 
 
 @pytest.fixture(autouse=True)
-def launched(monkeypatch):
+def launched(interpreted, monkeypatch):
     """The kernels by name, none of which runs."""
     found = []
     monkeypatch.setattr(GridExecutor, "__call__", lambda self, *_, **settings: found.append(self.fn.__name__))

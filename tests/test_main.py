@@ -22,7 +22,7 @@ def test_command_checks_every_kernel_and_exits_0():
     assert done.stdout.count("  ok\n") == len(list(command.all_checks())) * len(dispatch.KERNEL_DTYPES)
 
 
-def test_wrong_kernel_fails_its_row(monkeypatch, capsys):
+def test_wrong_kernel_fails_its_row(monkeypatch, capsys, device):
     """A forward that scales by a ten-thousandth too little, in one plan."""
     split = launch.forward_split
 
@@ -31,6 +31,6 @@ def test_wrong_kernel_fails_its_row(monkeypatch, capsys):
 
     monkeypatch.setattr(launch, "forward_split", wrong)
     monkeypatch.setattr(dispatch, "KERNEL_DTYPES", (torch.float32,))
-    assert not command.check_kernels(torch.device("cpu"))
+    assert not command.check_kernels(device)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines if line.endswith("FAILED")] == ["split"]

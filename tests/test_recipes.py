@@ -1,5 +1,7 @@
 """Recipes: what kernels are given by address is what they are given as tensors, and when each is done."""
 
+from functools import partial
+
 import pytest
 import torch
 from support.blocks import PLANS, Block
@@ -32,13 +34,13 @@ def same_memory(monkeypatch):
     """Gives the allocations of each pass the memory of those before it; called before a pass."""
     pool, taken = [], []
 
-    def allocate(size, strides, dtype):
+    def allocate(device, size, strides, dtype):
         if len(taken) == len(pool):
-            pool.append(torch.zeros(size, dtype=dtype))
+            pool.append(torch.zeros(size, dtype=dtype, device=device))  # a backward has a thread of its own
         taken.append(pool[len(taken)])
         return taken[-1]
 
-    monkeypatch.setattr(memory, "allocator", lambda device: allocate)
+    monkeypatch.setattr(memory, "allocator", lambda device: partial(allocate, device))
     return taken.clear
 
 

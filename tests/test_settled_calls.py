@@ -6,6 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+from support.optimizers import DEVICE
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -89,7 +90,7 @@ def test_what_is_around_a_call_settles_it_anew(around, checks, monkeypatch):
     contexts = {
         "no_grad": torch.no_grad,
         "inference_mode": torch.inference_mode,
-        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "autocast": lambda: torch.autocast(DEVICE, torch.bfloat16),
         "tf32": lambda: patch.object(plans, "fp32_precision", lambda: "tf32"),
         "plan": lambda: plans.forced_plan("split"),
         "mode": Mode,

@@ -159,7 +159,7 @@ def test_shuffled_grid_exposes_a_race():
     assert (in_order.tolist(), shuffled.tolist()) == ([1, 1], [1, 0])
 
 
-def test_stand_in_driver_refuses_interpreted_kernels():
+def test_stand_in_driver_refuses_interpreted_kernels(interpreted):
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), stand_in_driver(90):
         pass
 
@@ -251,8 +251,9 @@ def test_memory_is_poisoned():
     ],
 )  # fmt: skip
 def test_no_host_reads_tells_what_is_the_devices_from_what_is_the_hosts(read):
-    device, x, known = torch.device("cpu"), torch.ones(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
-    with NoHostReads(known):
+    device = torch.device("cpu")
+    x, known = (torch.ones(1, dtype=torch.int64, device=device) for _ in range(2))
+    with torch.device("cpu"), NoHostReads(known):
         x.copy_(torch.zeros_like(known))
         ours = torch.ones(1, dtype=torch.int64)
         for host in (known, ours + known, torch.full((1,), 2, device="cpu")):

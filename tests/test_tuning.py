@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.interpreter import count_accesses
+from support.launched import kernels_launched
 from support.ops_log import paths_of_a_gpu
+from support.optimizers import DEVICE
 from test_explanation import equal, stack, state_of
 from torch import nn
 
 import fastnn
 from fastnn import dispatch, plan_table, plans, tuning
 
-CPU = torch.device("cpu")
 ROWS = 64
 
 
@@ -25,7 +25,8 @@ def fresh(monkeypatch, tmp_path):
     """Nothing measured yet, and a folder of its own."""
     monkeypatch.setattr(plans, "_measured", {})
     monkeypatch.setenv("FASTNN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(dispatch, "machine", lambda device: dispatch.H100._replace(name="NVIDIA Made-up/1"))
+    machine = dispatch.machine
+    monkeypatch.setattr(dispatch, "machine", lambda device: machine(device)._replace(name="NVIDIA Made-up/1"))
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def clock(monkeypatch):
     timed = []
 
     def made_up(calls, device):
-        assert device == CPU
+        assert device.type == DEVICE
         timed.append(tuple(calls))
         return {name: 10.0 - place for place, name in enumerate(calls)}
 
@@ -96,17 +97,16 @@ def test_what_is_timed_is_each_plan_s_kernels(norm, itemsize, arithmetic, monkey
 
     def run(calls, device):
         for name, call in calls.items():
-            with count_accesses() as accesses:
+            with kernels_launched() as launched[name]:
                 call()
-            launched[name] = [launch.kernel for launch in accesses.launches]
         return dict.fromkeys(calls, 1.0)
 
     monkeypatch.setattr(tuning, "clock", run)
     for rule in ("batch_norm", "statistics", "linear_backward") if norm == "batch" else ("linear",):
         for save in (False,) if norm == "running" else (True, False):
             problem = plans.Problem(rule, 16, 8, 8, itemsize, arithmetic, norm, save)
-            with torch.no_grad(), torch.autocast("cpu", torch.float16):
-                tuning.measure(problem, 11, CPU)
+            with torch.no_grad(), torch.autocast(DEVICE, torch.float16):
+                tuning.measure(problem, 11, torch.device(DEVICE))
             assert launched == {name: KERNELS[rule, name] for name in plans.PLANS[rule]}
             launched.clear()
 
@@ -140,7 +140,7 @@ def test_the_clock_takes_medians_of_calls_in_turns_each_after_l2_is_emptied(monk
     monkeypatch.setattr(dispatch, "machine", lambda device: dispatch.H100._replace(l2_bytes=64))
     slow_at_first = [9.0] * (tuning.WARM_UPS + tuning.ROUNDS // 2)
     calls = {"columns": enqueue("columns", *slow_at_first, 0.25), "split": enqueue("split", 0.5)}
-    assert tuning.clock(calls, CPU) == {"columns": 250.0, "split": 500.0}
+    assert tuning.clock(calls, torch.device(DEVICE)) == {"columns": 250.0, "split": 500.0}
     warm_up = ["columns"] * tuning.WARM_UPS + ["split"] * tuning.WARM_UPS
     assert log == warm_up + ["sleep", "columns", "sleep", "split"] * tuning.ROUNDS
 
@@ -164,7 +164,7 @@ def test_the_kernels_run_by_the_measured_plan(gpu, clock, monkeypatch):
 def test_forwards_without_batch_statistics_are_measured_too(gpu, clock, norm):
     layers = [nn.BatchNorm1d(6)] if norm == "running" else []
     model = fastnn.nn.Sequential(nn.Linear(5, 6), *layers, nn.ReLU()).eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
         (row,) = fastnn.tune(model, torch.randn(7, 5)).rows
     assert (row.forward, clock) == ("apply", [("epilogue", "apply")])
     ((_, problem),) = plans._measured
@@ -242,8 +242,8 @@ def test_capture_is_refused_before_anything_is_done(gpu, clock, monkeypatch):
 
 
 def test_where_no_kernel_serves_nothing_is_measured(clock):
-    """Here kernels are interpreted. No warning, and no file."""
-    found = fastnn.tune(stack(), inputs())
+    """On a CPU, also in the interpreter. No warning, and no file."""
+    found = fastnn.tune(stack().cpu(), inputs().cpu())
     assert (clock, found.notes[-1]) == ([], tuning.NOT_SERVED)
     assert not Path(os.environ["FASTNN_CACHE_DIR"]).exists()
 
@@ -272,7 +272,7 @@ def warnings_of_tune():
 
 
 def test_a_corrupt_file_costs_one_warning_and_is_replaced(gpu, clock, monkeypatch):
-    path = plan_table.path_of(plan_table.identity(CPU))
+    path = plan_table.path_of(plan_table.identity(torch.device(DEVICE)))
     path.parent.mkdir()
     path.write_text("{")
     (warned,) = warnings_of_tune()

@@ -6,7 +6,14 @@ from support.optimizers import HAS_FUSED, SEVEN
 
 from bench import bench_block, bench_clipping, bench_mlp, bench_optimizers, bench_plans, measure, results, roofline
 from bench.workloads import PARAMETERS, WORKLOADS
-from fastnn import plans
+from fastnn import dispatch, plans
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    """The machine whose plans are expected, whatever is here."""
+    monkeypatch.setattr(dispatch, "machine", lambda device: dispatch.H100)
+
 
 CASES = {
     "block": list(bench_block.cases()),
@@ -73,7 +80,7 @@ def test_ratios_are_of_rows_that_differ_in_the_implementation_alone():
     ("M", "K", "plan", "accesses"),
     [(64, 700, "whole_batch", 4), (1000, 700, "columns", 5), (380_000, 700, "split", 8), (380_000, 500, "epilogue", 7)],
 )
-def test_the_model_moves_what_the_plans_are_counted_to_move(M, K, plan, accesses):
+def test_the_model_moves_what_the_plans_are_counted_to_move(M, K, plan, accesses, h100):
     """Beyond the three of its products, with which tests/kernels/test_accesses.py counts 7, 8, 11 and 10."""
     N, itemsize = 512, 4
     assert plans.batch_norm_plan(M, N, K, torch.float32, bench_block.gpu.DEVICE) == plan
@@ -84,7 +91,7 @@ def test_the_model_moves_what_the_plans_are_counted_to_move(M, K, plan, accesses
 
 
 @pytest.mark.parametrize(("M", "bytes_moved"), [(2000, 2 * (4 + 2)), (100, 3 * 2)])
-def test_autocast_casts_operands_and_their_gradients(M, bytes_moved):
+def test_autocast_casts_operands_and_their_gradients(M, bytes_moved, h100):
     """Of a large product; of a small one they are fp32 in each of its three products."""
     K, N = 304, 30
     fp32, bf16 = (roofline.block(M, K, N, dtype, 0.5, "fastnn")["training step"] for dtype in ("fp32", "bf16"))
@@ -109,9 +116,10 @@ def test_the_model_gives_no_baseline_less_work_than_ours():
 
 
 @pytest.mark.parametrize("dtype", roofline.ITEMSIZE)
-def test_each_block_has_a_row_for_what_is_chosen_with_the_models_inputs(dtype, monkeypatch):
+def test_each_block_has_a_row_for_what_is_chosen_with_the_models_inputs(dtype, h100, monkeypatch):
     """Counted: without a GPU, and in no rehearsal."""
-    monkeypatch.setattr(bench_plans.gpu, "REHEARSAL", False)
+    for name in ("AVAILABLE", "REHEARSAL"):
+        monkeypatch.setattr(bench_plans.gpu, name, False)
     with bench_plans.gpu.precision(dtype):
         rows = [row for workload in WORKLOADS.values() for row in bench_plans.rows_of(workload, dtype)]
     blocks = sum(len(set(workload.blocks)) * len(workload.batches) for workload in WORKLOADS.values())

@@ -41,7 +41,7 @@ def dropped(z, p, tiles, key=KEY, seed=None):
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (33, 64), (70, 101)], ids=str)
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
 def test_kernel_and_reference_draw_the_mask_of_the_definition(shape, p):
-    expected = torch.from_numpy(philox.multiplier(KEY, *shape, p))
+    expected = torch.tensor(philox.multiplier(KEY, *shape, p))
     assert torch.equal(multiplier_of_forward(*shape, p), expected)
     assert torch.equal(reference.dropout_multiplier(torch.tensor(KEY), *shape, p), expected)
 
@@ -56,7 +56,7 @@ def test_mask_does_not_depend_on_tiles(tiles):
 def test_forward_and_backward_of_every_plan_draw_one_mask(norm, plan):
     """Zeros of out, and of dy behind beta's gradient column by column, are the definition's."""
     M, N, p = 45, 19, 0.4
-    multiplier = torch.from_numpy(philox.multiplier(KEY, M, N, p))
+    multiplier = torch.tensor(philox.multiplier(KEY, M, N, p))
     x, weight, beta = torch.randn(M, 6), torch.randn(N, 6), torch.full((N,), 50.0, requires_grad=True)
     mean, var = torch.zeros(N), torch.ones(N)
     batch_norm = reference.BatchNorm(mean, var, torch.ones(N), beta, training=norm == "batch")

@@ -58,10 +58,10 @@ def bounds_kernel(table_ptr, chunks_ptr, out_ptr, tensors, blocks, BLOCK: tl.con
 
 
 @pytest.mark.parametrize("aligned", [True, False])
-def test_offsets_pass_2_to_the_31(aligned):
+def test_offsets_pass_2_to_the_31(aligned, device):
     """The last chunk of a tensor of 5·10^9 elements, from the tables alone."""
     size, address = 5_000_000_001, 1 << 12
-    tables = Tables({0: [address], 1: [address + 4 * (not aligned)]}, [1], [0], torch.device("cpu"), 132)
+    tables = Tables({0: [address], 1: [address + 4 * (not aligned)]}, [1], [0], device, 132)
     blocks = 64
     last = (size - 1) // (blocks * BLOCK)
     tables.table[7] = size

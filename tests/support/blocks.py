@@ -46,7 +46,7 @@ class Block:
     mean: float = 0.0  # of the input
     spread: float = 1.0  # of the input
     grads: bool = True  # without, only the forward runs, which is when eval BatchNorm folds into the GEMM
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = field(default_factory=torch.get_default_device)
     autocast: torch.dtype | None = None  # what a Linear's operands are cast to
 
     @property
@@ -123,7 +123,7 @@ class Block:
 
     def ours(self, inputs: Tensors) -> Tensors:
         leaves = {name: inputs[name].requires_grad_(self.grads) for name in LEAVES if name in inputs}
-        seed = torch.tensor(KEY) if self.p > 0 else None
+        seed = torch.tensor(KEY, device="cpu") if self.p > 0 else None  # the host's, as in plain calls
         out = ops.block(
             leaves["x"], leaves.get("weight"), leaves.get("bias"), self.batch_norm(inputs), seed,
             self.activation, *self.arguments, self.p, self.autocast,
