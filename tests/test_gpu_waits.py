@@ -54,7 +54,8 @@ def test_no_block_waits_by_any_plan(statistics, products, watched):
 def test_no_optimizers_step_waits(name, clipped, watched):
     model, x = model_of(), torch.randn(M, K)
     flags = {"fused": True} if name in HAS_FUSED else {}
-    optimizer = getattr(fastnn.optim, name)(model.parameters(), lr=1e-3, max_grad_norm=1.0 if clipped else None, **flags)
+    flags |= {"max_grad_norm": 1.0} if clipped else {}
+    optimizer = getattr(fastnn.optim, name)(model.parameters(), lr=1e-3, **flags)
 
     def step():
         model(x).square().sum().backward()
