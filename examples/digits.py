@@ -167,7 +167,7 @@ def main() -> None:
     args = parse(parser)
     torch.set_num_threads(1)  # layers this small gain nothing from more, and on a busy CPU lose by it
     if args.device != "cpu":
-        torch.cuda.set_device(args.device)  # where streams and graphs are made
+        torch.cuda.set_device(torch.device(args.device).index or 0)  # where streams and graphs are made
     runs = {(name, library): Run(name, library, args) for name in args.optimizer for library in args.library}
     try:
         checkpoint = Checkpoint(args.checkpoint, settings_of(args), args.resume)

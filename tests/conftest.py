@@ -29,6 +29,13 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def on_host() -> Iterator[None]:
+    """Tensors lie on the CPU, as those of the processes of support.workers do."""
+    with torch.device("cpu"):
+        yield
+
+
+@pytest.fixture
 def interpreted() -> None:
     """Of what CPU tensors and kernels in Triton's interpreter alone can show."""
     if DEVICE != "cpu":

@@ -16,7 +16,6 @@ from fastnn import seeds
 pytestmark = [
     pytest.mark.usefixtures("nothing_compiled"),
     pytest.mark.real_empty,
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # by Inductor's import
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # by AOTAutograd
 ]
 

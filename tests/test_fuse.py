@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from support.interpreter import count_accesses
+from support.launched import kernels_launched
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +18,6 @@ from fastnn import tracing
 pytestmark = [
     pytest.mark.usefixtures("nothing_compiled"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # Dynamo's
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # by Inductor's import
 ]
 
 
@@ -62,9 +61,9 @@ def assert_same_steps(plain, fused, *batches, **tolerance):
 def blocks(model, *inputs):
     """How many fused blocks a forward runs: a small batch's is one launch each."""
     model(*inputs)  # which compiles
-    with count_accesses() as accesses:
+    with kernels_launched() as names:
         model(*inputs)
-    return len(accesses.launches)
+    return len(names)
 
 
 def with_hook(net, register="register_forward_hook", on="bn1", change=lambda *given: given[-1] * 2):
@@ -134,7 +133,7 @@ class OtherModes(Net):
         with torch.no_grad():
             x = self.fc1(x)
         x = F.relu(x)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             x = self.fc2(x)
         return self.head(F.relu(x.float()))
 

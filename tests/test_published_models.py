@@ -19,7 +19,6 @@ pytestmark = [
     # Where it goes on after a graph break, Dynamo asks tensors that are no leaves for .grad, and hides the warning of
     # it from those who print it, not from those who raise it.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # by Inductor's import
 ]
 
 TRANSFORMS = {"fuse": fastnn.fuse, "backend": lambda model: torch.compile(model, backend="fastnn")}

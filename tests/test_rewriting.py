@@ -13,7 +13,6 @@ from fastnn.rewriting import FIRST, LAST, ROWS
 
 pytestmark = [
     pytest.mark.usefixtures("nothing_compiled"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
 ]
 
 
@@ -137,7 +136,7 @@ def test_a_checkpoint_drops_the_same_elements_again():
 def test_a_checkpoint_keeps_the_generators_of_all_devices(monkeypatch):
     given = []
     monkeypatch.setattr(tracing, "checkpoint", lambda body, *marks, **settings: given.extend(marks))
-    tracing._checkpoint(None, torch.ones(2), torch.ones(2, device="meta"), 3)
+    tracing._checkpoint(None, torch.ones(2, device="cpu"), torch.ones(2, device="meta"), 3)
     assert [mark.device.type for mark in given] == ["cpu", "meta"]
 
 

@@ -8,6 +8,11 @@ from support.examples import ROOT
 from fastnn import dispatch
 
 
+@pytest.fixture(autouse=True)
+def as_a_user(on_host):
+    """Who sets no default device."""
+
+
 @pytest.fixture
 def take_path(monkeypatch):
     """take_path(interpreted): CPU tensors go to the kernels in Triton's interpreter, or take torch's own ops."""

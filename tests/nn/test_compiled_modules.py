@@ -16,7 +16,6 @@ pytestmark = [
     pytest.mark.usefixtures("nothing_compiled"),
     pytest.mark.real_empty,
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # by AOTAutograd
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # by Inductor's import
 ]
 BATCHES = (12, 20, 33, 5, 64, 7, 8, 100, 2, 31)
 

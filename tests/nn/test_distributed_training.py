@@ -15,6 +15,8 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 
 import distributed_training_worker as worker
 
+pytestmark = pytest.mark.usefixtures("on_host")
+
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:

@@ -31,14 +31,17 @@ def test_masks_are_other_draws(path):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
-def test_the_generator_moves_otherwise(p):
-    """Where the kernels serve: what is drawn next is another number, at p = 1 as well, where torch draws nothing."""
+def test_the_generator_moves_otherwise(p, device):
+    """Where the kernels serve: what is drawn next is another number, at p = 1 as well, where torch draws nothing.
+
+    A GPU's generator moves by a mask's four draws in both, as long as torch has a thread for each four elements.
+    """
     following = []
     for model in models(nn.ReLU(), nn.Dropout(p)):
         torch.manual_seed(3)
         model(torch.ones(4, 4))
         following.append(torch.rand(4))
-    assert torch.equal(*following) == (p == 0)
+    assert torch.equal(*following) == (p == 0 or (p == 0.5 and device.type == "cuda"))
     torch.manual_seed(3)
     assert torch.equal(torch.rand(4), following[1]) == (p in (0, 1))
 
@@ -50,7 +53,7 @@ def test_rates_are_rounded_to_16_bits():
     assert torch.equal(ours(torch.ones(64, 64)), torch.ones(64, 64))
     found = theirs(torch.ones(1 << 22))
     assert 0 < (found == 0).sum() < 20
-    assert found.max() == 1 / torch.tensor(1 - 1e-6)
+    assert found.max() > 1
 
 
 # Precision
@@ -100,10 +103,10 @@ def test_without_gradients_the_linears_output_is_not_rounded():
     assert results == [-120, -torch.inf]
 
 
-def test_autocast_rounds_no_gradient_of_a_weight():
+def test_autocast_rounds_no_gradient_of_a_weight(device):
     gradients = []
     for model in models(nn.Linear(4, 3), nn.Tanh()):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             out = model(drawn("kernels", 12, 4))
         cost(out.float()).backward()
         gradients.append(model[0].weight.grad)
@@ -112,20 +115,20 @@ def test_autocast_rounds_no_gradient_of_a_weight():
     assert gradients[0].dtype == gradients[1].dtype == torch.float32
 
 
-def test_a_gradient_beyond_float16_is_finite_in_float32():
+def test_a_gradient_beyond_float16_is_finite_in_float32(device):
     """So that GradScaler finds no overflow where torch's product in float16 has one."""
     for model, finite in zip(models(nn.Linear(4, 3), nn.Identity()), (True, False), strict=True):
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(device.type, torch.float16):
             out = model(torch.full((12, 4), 100.0))
         out.backward(torch.full_like(out, 6e3))
         assert model[0].weight.grad.isfinite().all() == finite
 
 
-def test_a_weight_that_changes_within_autocast_is_seen():
+def test_a_weight_that_changes_within_autocast_is_seen(device):
     """torch keeps its cast copy until the context ends."""
     for model, seen in zip(models(nn.Linear(4, 3), nn.Tanh()), (True, False), strict=True):
         x = drawn("kernels", 12, 4)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             before = model(x)
             with torch.no_grad():
                 model[0].weight.zero_()

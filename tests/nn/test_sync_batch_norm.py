@@ -18,6 +18,8 @@ from sync_batch_norm_worker import CASES, PROCESSES, Case, N
 FORWARD = ["split_statistics_kernel", "pack_statistics_kernel", "join_statistics_kernel", "apply_kernel"]
 BACKWARD = ["split_sums_kernel", "add_up_sums_kernel", "split_dz_kernel"]
 
+pytestmark = pytest.mark.usefixtures("on_host")
+
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:

@@ -75,7 +75,6 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, on its way to jvp
 @pytest.mark.parametrize("settled", [True, False])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_by_parameters(transform, settled, path):
@@ -187,7 +186,6 @@ def test_anomaly_mode_stops_at_nan(path):
             out.backward(torch.full_like(out, torch.nan))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("path", ["float64"])
 @pytest.mark.parametrize("train", [True, False])
 def test_gradcheck_in_float64(path, train):

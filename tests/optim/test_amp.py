@@ -96,8 +96,8 @@ def test_a_scale_and_groups_that_count_on_the_host():
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", SEVEN)
-def test_gradscaler_itself(name, fused):
-    """torch.amp.GradScaler on the CPU, through an overflow, against the same with torch's optimizer unfused."""
+def test_gradscaler_itself(name, fused, device):
+    """torch.amp.GradScaler, through an overflow, against the same with torch's optimizer unfused."""
     if fused and name not in HAS_FUSED:
         pytest.skip(f"torch.optim.{name} has no fused")
     params = parameters([(3, 5), (40,)])
@@ -105,7 +105,7 @@ def test_gradscaler_itself(name, fused):
     for factory, settings in ((ours, {"fused": True} if fused else {}), (theirs, {})):
         own = copies(params)
         optimizer = factory(name)(own, lr=0.1, **settings)
-        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+        scaler = torch.amp.GradScaler(device.type, init_scale=64.0, growth_interval=2)
         for step in range(5):
             set_gradients(step, own, scale=scaler.get_scale())
             if step == 2:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.interpreter import count_accesses
+from support.launched import kernels_launched
 from support.optimizers import SEVEN, copies, ours, parameters, set_gradients, state_tensors, theirs
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -15,7 +15,6 @@ import fastnn
 pytestmark = [
     pytest.mark.usefixtures("nothing_compiled"),
     pytest.mark.real_empty,
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),  # by Dynamo itself
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # by AOTAutograd
 ]
 FLAGS = {"SGD": {"momentum": 0.9, "nesterov": True}, "Adam": {"amsgrad": True}, "RMSprop": {"centered": True}}
@@ -26,13 +25,13 @@ def compiled_steps(optimizer, params):
     schedule = ExponentialLR(optimizer, 0.7)
     counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(optimizer.step, backend=counter)
-    with count_accesses() as accesses:
+    with kernels_launched() as launched:
         for number in range(5):
             set_gradients(number, params)
             step()
             schedule.step()
     graphs = [[(node.op, str(node.target)) for node in graph.graph.nodes] for graph in counter.graphs]
-    return graphs, [launch.kernel for launch in accesses.launches]
+    return graphs, launched
 
 
 @pytest.mark.parametrize("name", SEVEN)
@@ -61,9 +60,9 @@ def test_compiled_steps_and_those_of_the_kernels_take_turns(name):
         steps = optimizer.step, torch.compile(optimizer.step, backend="eager")
         for number, by_compiler in enumerate(compiled):
             set_gradients(number, own)
-            with count_accesses() as accesses:
+            with kernels_launched() as launched:
                 steps[by_compiler]()
-            launches.append(len(accesses.launches))
+            launches.append(len(launched))
         found.append((launches, state_tensors(optimizer, own)))
     (launches, mine), (_, plain) = found
     assert launches == [1, 0, 0, 1, 0, 1]

@@ -18,6 +18,7 @@ from distributed_worker import PROCESSES, batch, groups, mlp, parameters
 from support.workers import Workers
 
 COUNTS = (".step", ".mu_product")  # plain tensors in torch, too
+pytestmark = pytest.mark.usefixtures("on_host")
 
 
 @pytest.fixture(scope="module")

@@ -254,7 +254,7 @@ def test_complex_and_differentiable_take_torchs_step():
     for cls in (ours("SGD"), theirs("SGD")):
         weight = start.clone().requires_grad_()
         moved = weight.clone()
-        optimizer = cls([moved], lr=lr, differentiable=True)
+        optimizer = cls([moved], lr=lr, differentiable=True, foreach=False)  # torch's choice on a GPU is foreach
         moved.grad = torch.arange(4.0)
         optimizer.step()
         outcomes.append(torch.autograd.grad(moved.pow(2).sum(), [weight, lr]))

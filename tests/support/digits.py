@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import fastnn
-from support.interpreter import count_accesses
+from support.launched import kernels_launched
 
 OURS = ("fastnn", "fuse")  # a Sequential of fastnn's, and torch's in a model after fastnn.fuse; both with fastnn.optim
 BATCH = 32
@@ -74,9 +74,9 @@ def assert_same(path: str, found: Any, expected: Any, dtype: torch.dtype | None 
 def launches() -> Iterator[Counter[str]]:
     """Kernels launched within, by name; complete at its end."""
     found: Counter[str] = Counter()
-    with count_accesses() as accesses:
+    with kernels_launched() as names:
         yield found
-    found.update(launch.kernel for launch in accesses.launches)
+    found.update(names)
 
 
 def of_plain_training(
@@ -87,7 +87,7 @@ def of_plain_training(
     model = Net(parts, SETTINGS["kernels"].dropout)
     optimizer = optimizer_class(parts, name)(model.parameters(), lr=0.1)
     with launches() as found:
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        with torch.autocast(x.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             loss = nn.functional.cross_entropy(model(x[:BATCH]), y[:BATCH])
         loss.backward()
         optimizer.step()

@@ -24,6 +24,7 @@ FLAGS: dict[str, dict[str, tuple]] = {
     "Adagrad": {"lr_decay": (0.0, 0.1), "initial_accumulator_value": (0.0, 0.5), **REGULAR},
     "Adadelta": {"rho": (0.9, 0.5), **REGULAR},
 }
+COUNTS = ("step", "mu_product")
 LR = {"SGD": 0.1, "Adadelta": 1.0}
 
 
@@ -64,9 +65,9 @@ def theirs(name: str) -> type[torch.optim.Optimizer]:
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> dict[str, Tensor]:
-    """Parameters and their state, by position and name."""
+    """Parameters and their state, by position and name; the counts on the host, wherever the optimizer has them."""
     found: dict[str, Tensor] = {}
     for i, param in enumerate(params):
         found[f"{i}"] = param.detach()
-        found |= {f"{i}.{name}": value for name, value in optimizer.state[param].items()}
+        found |= {f"{i}.{name}": v.cpu() if name in COUNTS else v for name, v in optimizer.state[param].items()}
     return found

@@ -17,6 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+# Read when triton, support and torch are imported, there: on a machine with a GPU these are processes without one.
+ENVIRONMENT = {"TRITON_INTERPRET": "1", "FASTNN_TEST_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 SECONDS = 90  # until processes that do not answer are ended
 
 
@@ -56,7 +58,8 @@ class Workers:
         rendezvous = (self.folder / f"rendezvous{self.starts}").as_uri()
         context = multiprocessing.get_context("spawn")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")  # read when triton is imported, there
+            for name, value in ENVIRONMENT.items():
+                patch.setenv(name, value)
             for rank in range(self.count):
                 ours, theirs = context.Pipe()
                 args = self.module, rank, self.count, rendezvous, theirs

@@ -77,7 +77,7 @@ class GinConv(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width, 2 * width), nn.BatchNorm1d(2 * width), nn.ReLU(), nn.Linear(2 * width, width)
         )
-        self.eps = nn.Parameter(torch.Tensor([0]))
+        self.eps = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         messages = F.relu(x[edge_index[:, 0]])
