@@ -44,21 +44,19 @@ class Pair(NamedTuple):
 def make_pair(published: Published, transform: Transform, dropout: bool) -> Pair:
     """Asserts that the transformation keeps values and keys. BatchNorm's parameters and statistics are random."""
     torch.manual_seed(0)
-    with torch.device("cpu"):  # the numbers of a run without a GPU, where the rule was tried
-        plain = published.make()
-        module: Any
-        for module in plain.modules():
-            if isinstance(module, nn.BatchNorm1d):
-                nn.init.normal_(module.running_mean)  # type: ignore[arg-type]
-                nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
-                if module.affine:
-                    nn.init.uniform_(module.weight, 0.5, 1.5)
-                    nn.init.normal_(module.bias, std=0.3)
-            if not dropout and isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if not dropout and isinstance(getattr(module, "dropout", None), float):
-                module.dropout = 0.0
-    plain.to(torch.get_default_device())
+    plain = published.make()
+    module: Any
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            nn.init.normal_(module.running_mean)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.3)
+        if not dropout and isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if not dropout and isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
     model = copy.deepcopy(plain)
     transformed = transform(model)
     before, after = plain.state_dict(), model.state_dict()
