@@ -245,7 +245,7 @@ def trained_by_gradscaler(library, name, dtype, overflow, **settings):
     layers = nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.SiLU(), nn.Linear(8, 3)
     model = library.nn.Sequential(*layers)
     for parameter in model.parameters():
-        parameter.data = 0.2 + 0.5 * torch.randn(parameter.shape, generator=generator)
+        nn.init.normal_(parameter, 0.2, 0.5, generator=generator)
     optimizer = getattr(library.optim, name)(model.parameters(), lr=0.05, **settings)
     scaler, seen = torch.amp.GradScaler(DEVICE, init_scale=2.0**6, growth_interval=2), []
     for step in range(6):

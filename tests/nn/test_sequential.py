@@ -178,7 +178,7 @@ def test_apply_init_to_and_freezing():
 
     def init(module):
         if isinstance(module, nn.Linear):
-            module.weight.data = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(3))
+            nn.init.kaiming_normal_(module.weight, generator=torch.Generator().manual_seed(3))
 
     for model in (ours, theirs):
         model.apply(init)

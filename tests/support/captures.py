@@ -57,7 +57,7 @@ class Training:
             nn.Linear(8, 3),
         )  # fmt: skip
         for parameter in self.model.parameters():
-            parameter.data = 0.5 + 0.5 * torch.randn(parameter.shape, generator=generator)
+            nn.init.normal_(parameter, 0.5, 0.5, generator=generator)
         self.model.to(DEVICE, dtype)
         self.autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=autocast, cache_enabled=False)
         self.optimizer = getattr(library.optim, name)(self.model.parameters(), **settings)
