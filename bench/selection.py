@@ -101,7 +101,7 @@ def in_turn(items: list[pytest.Item], earlier: list[Row]) -> list[pytest.Item]:
 
     def turn(item: pytest.Item) -> tuple[bool, int]:
         case = case_of(item)
-        place = TURNS.get(case.implementation, GRAPHED_TURN * case.graphed) if case is not None else 0
+        place = TURNS.get(case.implementation, GRAPHED_TURN * case.graphed) if case is not None else -1
         return item.get_closest_marker("full") is not None, place
 
     there = {results.key(row) for row in earlier}
