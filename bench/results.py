@@ -100,12 +100,13 @@ def earlier(path: Path, machine: Row) -> list[Row]:
 
 def joined(earlier: list[Row], rows: list[Row]) -> list[Row]:
     """Rows of two parts of a run, where both have one the later; ratios to baselines that only one of them had stay."""
-    now = {key(row): row for row in rows}
-    for row in earlier:
-        again = now.get(key(row), {})
-        for name in row.keys() & again.keys() & {"ratios", "bounds"}:
-            again[name] = row[name] | again[name]
-    return [row for row in earlier if key(row) not in now] + rows
+    before, now = ({key(row): row for row in part} for part in (earlier, rows))
+
+    def completed(row: Row) -> Row:
+        older = before.get(key(row), {})
+        return row | {name: older[name] | row[name] for name in ("ratios", "bounds") if name in older and name in row}
+
+    return [row for row in earlier if key(row) not in now] + [completed(row) for row in rows]
 
 
 def load(path: Path) -> tuple[Row, list[Row]]:

@@ -61,6 +61,7 @@ def test_ratios_of_both_parts_stay():
     first = row_of(ours, median_us=10.0, ratios={"eager": 3.0, "compile": 2.0}, bounds={"eager": 4.0})
     again = row_of(ours, median_us=11.0, ratios={"max-autotune-no-cudagraphs": 1.5}, bounds={})
     (found,) = results.joined([first], [again])
+    assert again["ratios"] == {"max-autotune-no-cudagraphs": 1.5}  # what is joined is left as it was
     assert found["median_us"] == 11.0
     assert found["ratios"] == {"eager": 3.0, "compile": 2.0, "max-autotune-no-cudagraphs": 1.5}
     assert found["bounds"] == {"eager": 4.0}
